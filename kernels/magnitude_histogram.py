@@ -1,0 +1,155 @@
+"""Counts of the magnitudes of a task vector, for finding the k-th largest without sorting or keeping it.
+
+The key of an element is the bit pattern of |expert - base| in fp32: 31 bits, in the order of the magnitudes, all NaNs
+one key above infinity. Counts are integers, so parts of a tensor add up to the same in any order, on any number of
+machines. Two passes with 65,536 and 32,768 brackets find any rank exactly: see select_threshold.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+
+from .numerics import CHUNK, Array, Span, compiled, inlined, load, magnitude, subtract, table, u32
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CASES = [
+    (numel, dtypes, low, shift, bins)
+    for dtypes in (("BF16",), ("F32",), ("F16", "BF16"))
+    for numel, low, shift, bins in (
+        (0, 0, 15, 1 << 16), (1, 0, 15, 1 << 16), (5001, 0, 15, 1 << 16), (5001, 0x3DCC0000, 8, 256), (5001, 0, 0, 4),
+    )
+]  # fmt: skip
+
+
+@inlined
+def _fill(spans: Array, at: int, m: int, x: Array, base: Array, found: Array) -> None:
+    """The keys of one chunk."""
+    load(spans[0], at, m, base)
+    load(spans[1], at, m, x)
+    subtract(x, base, m)
+    for i in range(m):
+        found[i] = magnitude(x[i])
+
+
+@inlined
+def _below(found: Array, m: int, bound: int) -> int:
+    count = u32(0)
+    for i in range(m):
+        count = u32(count + u32(found[i] < bound))
+    return count
+
+
+@inlined
+def _inside(found: Array, m: int, low: int, width: int) -> int:
+    count = u32(0)
+    for i in range(m):
+        count = u32(count + u32(u32(found[i] - low) < width))
+    return count
+
+
+@inlined
+def _compact(found: Array, m: int, low: int, width: int, kept: Array) -> None:
+    """Distances from `low` of the keys inside; without a branch, since which ones they are is unpredictable."""
+    count = 0
+    for i in range(m):
+        distance = u32(found[i] - low)
+        kept[count] = distance
+        count += distance < width
+
+
+@compiled(numba.int64[:, ::1], numba.int64, numba.int64, numba.int64, numba.int64[::1])
+def _histogram(spans: Array, low: int, shift: int, numel: int, counts: Array) -> None:
+    base, x = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    found, kept = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
+    bins = len(counts) - 2
+    first, width, by = u32(low), u32(min(bins << shift, (1 << 31) - low)), u32(shift)
+    second = np.zeros(bins, np.int64)  # every other key goes here: equal neighbours need not wait for each other
+    for at in range(0, numel, CHUNK):
+        m = min(CHUNK, numel - at)
+        _fill(spans, at, m, x, base, found)
+        below, inside = _below(found, m, first), numba.int64(_inside(found, m, first, width))
+        counts[0] += below
+        counts[bins + 1] += m - below - inside
+        if inside == 0:
+            continue
+        _compact(found, m, first, width, kept)
+        for i in range(0, inside - 1, 2):
+            counts[1 + numba.uint64(u32(kept[i] >> by))] += 1
+            second[numba.uint64(u32(kept[i + 1] >> by))] += 1
+        if inside & 1:
+            counts[1 + numba.uint64(u32(kept[inside - 1] >> by))] += 1
+    for j in range(bins):
+        counts[1 + j] += second[j]
+
+
+@compiled(numba.int64[:, ::1], numba.int64, numba.uint32[::1])
+def _keys(spans: Array, numel: int, out: Array) -> None:
+    base, x = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    for at in range(0, numel, CHUNK):
+        m = min(CHUNK, numel - at)
+        _fill(spans, at, m, x, base, out[at : at + m])
+
+
+@compiled(numba.int64[:, ::1], numba.int64, numba.int64, numba.int64[::1])
+def _equal(spans: Array, numel: int, key: int, count: Array) -> None:
+    base, x, found = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint32)
+    for at in range(0, numel, CHUNK):
+        m = min(CHUNK, numel - at)
+        _fill(spans, at, m, x, base, found)
+        count[0] += _inside(found, m, u32(key), u32(1))
+
+
+def _check(low: int, shift: int, counts: Array) -> None:
+    assert 0 <= low < 1 << 31 and 0 <= shift < 31 and counts.dtype == np.int64 and len(counts) > 2
+    assert low + ((len(counts) - 3) << shift) < 1 << 31, "brackets beyond the largest key"
+
+
+def host(base: Span, expert: Span, low: int, shift: int, counts: Array) -> None:
+    """Add to counts: [keys < low, one count per bracket of 2**shift keys from `low` on, keys above them]."""
+    _check(low, shift, counts)
+    assert base.numel == expert.numel
+    _histogram(table(base, expert), low, shift, base.numel, counts)
+
+
+def keys(base: Span, expert: Span, out: Array) -> None:
+    """The keys themselves, as uint32."""
+    assert base.numel == expert.numel == len(out)
+    _keys(table(base, expert), base.numel, out)
+
+
+def count_equal(base: Span, expert: Span, key: int) -> int:
+    """How many elements have this key: what a part of a tensor adds to the ranks of the parts behind it."""
+    count = np.zeros(1, np.int64)
+    _equal(table(base, expert), base.numel, key, count)
+    return int(count[0])
+
+
+def reference(base: Tensor, expert: Tensor, low: int, shift: int, counts: Array) -> None:
+    import torch
+
+    from . import reference as truth
+
+    bins = len(counts) - 2
+    key = truth.magnitude(expert.float() - base.float())
+    place = torch.where(key < low, 0, (1 + ((key - low) >> shift)).clamp(max=bins + 1))
+    counts += torch.bincount(place, minlength=bins + 2).cpu().numpy()
+
+
+def inputs(
+    numel: int, dtypes: tuple[str, ...], low: int, shift: int, bins: int, device: str = "cpu", seed: int = 0
+) -> tuple[Any, ...]:
+    from . import reference as truth
+
+    _, base, expert = truth.tensors(numel, dtypes, 3, device, seed)
+    return base, expert, low, shift, np.zeros(bins + 2, np.int64)
+
+
+def bytes_moved(base: Any, expert: Any, *rest: Any) -> int:
+    from . import reference as truth
+
+    return truth.nbytes(base, expert)

@@ -1,0 +1,5 @@
+"""python -m streammerge."""
+
+from streammerge.cli import main
+
+main()

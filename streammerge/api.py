@@ -1,0 +1,382 @@
+"""merge = plan, run, report; the same without files as `stream`, and in memory as `merge_state_dicts`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from streammerge import kernel
+from streammerge import method as methods
+from streammerge.budget import Budget, cores, default_ram, parse_size
+from streammerge.engine.compare import compare
+from streammerge.engine.memory import merge_tensors
+from streammerge.engine.report import Watcher, make_report
+from streammerge.engine.run import Progress, Run
+from streammerge.engine.sinks import FileSink, MemorySink
+from streammerge.engine.tiles import Crew
+from streammerge.errors import CheckpointError, Interrupted, OutputExists, RecipeError
+from streammerge.formats.dtypes import DTYPES, from_recipe
+from streammerge.planner import recipe as recipes
+from streammerge.planner.dialect import resolve
+from streammerge.planner.plan import Limits, Plan, describe_inputs, make_plan
+from streammerge.store import journal
+from streammerge.store.checkpoint import Checkpoint
+from streammerge.store.hub import locate
+from streammerge.store.reader import Mode
+from streammerge.store.ring import Closed, Ring
+from streammerge.store.verify import verify as verify_folder
+from streammerge.store.writer import MANIFEST, Writer, into_place
+
+if TYPE_CHECKING:
+    import torch
+
+RecipeLike = str | Path | Mapping[str, Any] | recipes.Recipe
+DEVICES = ("auto", "cpu")
+
+
+class Token(Protocol):
+    """Whatever can say that the work should stop: a threading.Event, for one."""
+
+    def is_set(self) -> bool: ...
+
+
+def plan(
+    recipe: RecipeLike,
+    *,
+    ram: str | int | None = None,
+    vram: str | int | None = None,
+    device: str = "auto",
+    threads: int = 0,
+    shard_size: str | int | None = None,
+    seed: int = 0,
+) -> Plan:
+    """What a merge would read, hold and write, from headers alone.
+
+    Args:
+        recipe: a YAML file, a mapping of the same form, or a Recipe.
+        ram: bytes of host memory the process may hold ("4GiB"); 80 % of what is free if left out.
+        vram: bytes of device memory.
+        device: "auto" or "cpu".
+        threads: for the arithmetic; all processors if 0. The result does not depend on it.
+        shard_size: bytes of tensors in an output shard; the base model's own shards if left out.
+        seed: of the methods that draw random numbers.
+
+    Raises:
+        RecipeError, CheckpointError: the request or an input is wrong.
+        BudgetTooSmall: the merge does not fit; `least` would do.
+    """
+    _check_device(device)
+    parsed, near = _load(recipe)
+    method = methods.find(parsed.merge_method)
+    checkpoints = {name: Checkpoint.open(locate(name, near)) for name in parsed.references}
+    resolution = resolve(parsed, checkpoints, methods.find)
+    limits = Limits(
+        ram=default_ram() if ram is None else parse_size(ram),
+        threads=threads or cores(),
+        device="cpu",
+        shard_size=None if shard_size is None else parse_size(shard_size),
+        seed=seed,
+    )
+    kernels = {name: kernel.describe(name, "cpu") for name in method.kernels}
+    return make_plan(parsed, resolution, checkpoints, limits, kernels)
+
+
+def merge(
+    recipe: RecipeLike | Plan,
+    out: str | Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    strict: bool = False,
+    reader: Mode = "auto",
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Token | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Merge into the folder `out`, which is complete or absent when this returns or fails.
+
+    Args:
+        recipe: as for `plan`, or a plan made before.
+        out: the folder to make. Unfinished work lies in OUT.partial and is taken up again by the same call.
+        resume: take up unfinished work; False discards it.
+        overwrite: replace `out` if it exists.
+        strict: refuse inputs that hold a NaN or an infinity.
+        reader: how files are read; the result does not depend on it.
+        progress: called with `Progress` as bytes move.
+        cancel: stops the work when it is set; what was done is kept.
+        options: those of `plan`.
+
+    Returns:
+        The report: measured figures, and the plan's under "predicted".
+
+    Raises:
+        what `plan` raises; OutputExists; MachineError (disk full, I/O error); Interrupted.
+    """
+    target = Path(os.path.abspath(out))
+    if target.exists() and not overwrite:
+        raise OutputExists(f"{out}: exists; --overwrite replaces it")
+    with Watcher() as watcher:
+        made = recipe if isinstance(recipe, Plan) else plan(recipe, **options)
+        partial = target.with_name(target.name + ".partial")
+        if resume and _is_complete(partial, made):
+            into_place(partial, target, overwrite)  # killed between the last sync and the rename
+            return dict(json.loads((target / MANIFEST).read_bytes())["report"])
+        _check_partial(partial, made, resume)
+        budget = Budget(made.ram_budget_bytes, made.held_bytes)
+        run = Run(made, budget, reader=reader, strict=strict, progress=progress, cancelled=_asks(cancel))
+        ring = Ring(budget, made.out_bytes, "the ring of results")
+        writer: Writer | None = None
+        try:
+            writer = Writer(target, made.layout.shards, made.digest, ring)
+            _work(run, writer, strict, cancel)
+        finally:
+            ring.stop()
+            run.close()
+            if writer is not None:
+                writer.close()
+            ring.close()
+    report = make_report(made, run.findings, watcher, writer.bytes_written)
+    files, copies = _side_files(made)
+    manifest = {
+        "recipe": made.recipe.canonical(),
+        "digest": made.digest,
+        "inputs": describe_inputs(made),
+        "shards": {shard.name: writer.hashes[shard.name] for shard in made.layout.shards},
+        "report": report,
+    }
+    writer.publish(files, copies, json.dumps(manifest, indent=1).encode(), overwrite)
+    return report
+
+
+def _work(run: Run, writer: Writer, strict: bool, cancel: Token | None) -> None:
+    """Drive the run; on any way out, what is durable is in the journal."""
+    sink = FileSink(run.plan, writer)
+    try:
+        for _ in run.results(sink):
+            pass
+        sink.finish()
+    except Closed:
+        writer.check()
+        raise
+    except (Interrupted, KeyboardInterrupt):
+        writer.park()
+        code = getattr(cancel, "exit_code", 130)
+        raise Interrupted(
+            f"stopped; what is done is kept in {writer.partial}: run the same command again to go on", code
+        ) from None
+    except CheckpointError:
+        if strict:
+            writer.discard()
+        raise
+
+
+def stream(
+    recipe: RecipeLike,
+    *,
+    cancel: Token | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    reader: Mode = "auto",
+    **options: Any,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The merged tensors one after the other, in the order of the base model's files; nothing is written.
+
+    The tensor that is handed out and the one being made come on top of the budget's two rings; the budget counts
+    the largest of them twice.
+
+    Args:
+        recipe, options: as for `plan`.
+
+    Raises:
+        what `merge` raises, while it is iterated.
+    """
+    import torch
+
+    made = plan(recipe, **options)
+    budget = Budget(made.ram_budget_bytes, made.held_bytes)
+    largest = max((tensor.end - tensor.begin for tensor in made.tensors), default=0)
+    run = Run(made, budget, reader=reader, progress=progress, cancelled=_asks(cancel))
+    try:
+        with budget.lease(made.out_bytes + 2 * largest, "the tensors handed out"):
+            sink = MemorySink(made)
+            for index in run.results(sink):
+                job = made.tensors[index].job
+                dtype = getattr(torch, DTYPES[job.dtype].torch or "uint8")
+                yield job.name, torch.from_numpy(sink.take(index)).view(dtype).reshape(job.shape)
+    finally:
+        run.close()
+
+
+def merge_state_dicts(
+    models: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    method: str,
+    base: Mapping[str, torch.Tensor] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    threads: int = 0,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Merge state dicts that are in memory; the result is what `merge` would have written, to the bit.
+
+    Args:
+        models: the experts, each a mapping of names to tensors.
+        method: a method's name.
+        base: the base model, for methods that need one.
+        parameters: by their recipe names; per-model ones as one value or a list with one for each model.
+        dtype: of the result ("bfloat16"); that of the base, or of the first model, if left out.
+
+    Raises:
+        RecipeError: unknown method or parameter, too few or too many models, or a base is missing.
+        CheckpointError: a tensor is missing in a model, or shapes differ.
+    """
+    cls = methods.find(method)
+    values = recipes.check_parameters(cls, method, parameters or {}, len(models))
+    if cls.needs_base and base is None:
+        raise RecipeError(f"{method} needs a base")
+    made = methods.build(cls, values)
+    if not isinstance(made, methods.TileMethod):
+        raise RecipeError(f"{method} is a {made.sees} method; merge_state_dicts runs tile methods")
+    crew = Crew(threads or cores())
+    try:
+        stored = None if dtype is None else from_recipe(dtype)
+        return merge_tensors(made, models, None if cls.base_is_expert else base, stored, crew, seed)
+    finally:
+        crew.close()
+
+
+def inspect(model: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, from its headers: totals, and per tensor name, dtype, shape, bytes and shard."""
+    checkpoint = Checkpoint.open(locate(str(model), []))
+    specs = list(checkpoint.tensors.values())
+    counts: dict[str, int] = {}
+    for spec in specs:
+        counts[spec.dtype] = counts.get(spec.dtype, 0) + spec.numel
+    return {
+        "path": str(checkpoint.path),
+        "tensors": len(specs),
+        "parameters": sum(spec.numel for spec in specs),
+        "bytes": sum(spec.nbytes for spec in specs),
+        "dtypes": counts,
+        "shards": len(checkpoint.shards),
+        "architectures": (checkpoint.config or {}).get("architectures"),
+        "entries": [
+            {
+                "name": spec.name,
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "bytes": spec.nbytes,
+                "shard": Path(spec.file).name,
+            }
+            for spec in specs
+        ],
+    }
+
+
+def diff(one: str | Path, other: str | Path) -> Iterator[dict[str, Any]]:
+    """How two checkpoints differ: a row per tensor, those that only one has or that do not match in form first."""
+    a, b = (Checkpoint.open(locate(str(model), [])) for model in (one, other))
+    for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
+        left, right = a.tensors.get(name), b.tensors.get(name)
+        if left is None or right is None:
+            yield {"name": name, "state": "only in the first" if right is None else "only in the second"}
+        elif (left.dtype, left.shape) != (right.dtype, right.shape):
+            forms = [f"{spec.dtype} {list(spec.shape)}" for spec in (left, right)]
+            yield {"name": name, "state": f"{forms[0]} against {forms[1]}"}
+    for change in compare(a, b):
+        yield {
+            "state": "changed" if change.changed else "same",
+            **asdict(change),
+            "shape": list(change.shape),
+        }
+
+
+def verify(out: str | Path, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Re-hash a merged folder against its manifest; "bad" lists the shards that are missing or differ."""
+    return verify_folder(Path(out), progress)
+
+
+def describe_methods(name: str | None = None) -> list[dict[str, Any]]:
+    """Every method, or one: what it does, its source, what it must see, its parameters."""
+    rows = []
+    for each in [name] if name else methods.names():
+        cls = methods.find(each)
+        rows.append(
+            {
+                "name": each,
+                "summary": cls.summary,
+                "source": cls.source,
+                "sees": cls.sees,
+                "base_model": "needed" if cls.needs_base else "optional",
+                "models": [cls.min_experts, cls.max_experts],
+                "kernels": list(cls.kernels),
+                "parameters": [
+                    {
+                        "name": p.name,
+                        "default": None if p.default is methods.REQUIRED else p.default,
+                        "required": p.default is methods.REQUIRED,
+                        "per_expert": p.per_expert,
+                        "meaning": p.meaning,
+                    }
+                    for p in methods.parameters(cls).values()
+                ],
+            }
+        )
+    return rows
+
+
+def _load(recipe: RecipeLike) -> tuple[recipes.Recipe, list[Path]]:
+    """The recipe, and the folders beside the current one in which its models may lie."""
+    if isinstance(recipe, recipes.Recipe):
+        return recipe, []
+    if isinstance(recipe, Mapping):
+        return recipes.from_dict(recipe), []
+    return recipes.load(recipe), [Path(recipe).resolve().parent]
+
+
+def _check_device(device: str) -> None:
+    if device not in DEVICES:
+        raise RecipeError(
+            f"--device {device}: only the CPU pipeline is built; use one of {', '.join(DEVICES)}"
+        )
+
+
+def _asks(cancel: Token | None) -> Callable[[], bool]:
+    return cancel.is_set if cancel is not None else lambda: False
+
+
+def _is_complete(partial: Path, made: Plan) -> bool:
+    """Whether a folder holds all of this plan's work, manifest included, and only the rename is missing."""
+    if not (partial / MANIFEST).exists():
+        return False
+    try:
+        return bool(json.loads((partial / MANIFEST).read_bytes())["digest"] == made.digest)
+    except (ValueError, KeyError):
+        return False
+
+
+def _check_partial(partial: Path, made: Plan, resume: bool) -> None:
+    """Refuse to mix this work with another recipe's; discard it if asked to."""
+    if not partial.exists():
+        return
+    if not resume:
+        shutil.rmtree(partial)
+    elif journal.read(partial).digest != made.digest:
+        raise OutputExists(
+            f"{partial}: holds unfinished work of another recipe, other inputs or another version; "
+            "--no-resume discards it"
+        )
+
+
+def _side_files(made: Plan) -> tuple[dict[str, bytes], list[Path]]:
+    """Small files to write, and files to copy from the donor."""
+    files: dict[str, bytes] = {}
+    if made.layout.index is not None:
+        files[made.layout.index_name] = made.layout.index
+    if made.config is not None:
+        files["config.json"] = json.dumps(made.config, indent=2).encode() + b"\n"
+    return files, [path for path in made.donor.side_files if path.name not in files]

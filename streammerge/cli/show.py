@@ -1,0 +1,138 @@
+"""What people see: plans, progress, reports and tables; colour on a terminal, plain text in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from streammerge.budget import human
+
+
+def console() -> Console:
+    """Standard output; as wide as it needs to be in a pipe."""
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def table(
+    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
+) -> None:
+    """A plain table; columns listed in `right` are numbers."""
+    grid = Table(title=title, box=None, title_justify="left", pad_edge=False, header_style="bold")
+    for number, name in enumerate(columns):
+        grid.add_column(
+            name, justify="right" if number in right else "left", overflow="fold", no_wrap=number in right
+        )
+    for row in rows:
+        grid.add_row(*row)
+    out = console()
+    if not sys.stdout.isatty():
+        out = Console(width=200, highlight=False)
+    out.print(grid)
+
+
+def lines(rows: Sequence[tuple[str, str, str]]) -> None:
+    """Rows of a word, a figure and what it rests on."""
+    out = console()
+    width = max(len(figure) for _, figure, _ in rows)
+    for word, figure, note in rows:
+        out.print(f"{word:<7}{figure:<{width + 3}}[dim]{note}[/dim]".rstrip())
+
+
+def duration(seconds: float) -> str:
+    """90 s as 1:30."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
+
+
+def plan(made: Any) -> None:
+    """A plan in four lines."""
+    body = made.as_dict()
+    inputs = len(made.inputs)
+    passes = {1: "one pass", 2: "two passes where inputs do not fit"}[body["passes"]]
+    kernels = ", ".join(f"{name} ({how})" for name, how in body["kernels"].items())
+    lines(
+        [
+            (
+                body["method"],
+                "",
+                f"{inputs} checkpoints, {body['tensors']} tensors, plan {body['digest'][:12]}",
+            ),
+            (
+                "read",
+                human(body["read_bytes"]),
+                f"{passes}, {body['steps']} steps of up to {human(body['step_bytes'])}",
+            ),
+            ("hold", human(body["ram_peak_bytes"]), f"at most, budget {human(body['ram_budget_bytes'])}"),
+            (
+                "write",
+                human(body["write_bytes"]),
+                f"{body['shards']} shards, {duration(body['seconds'])} at 1 GB/s",
+            ),
+            ("with", kernels, f"on {body['device']}, {made.threads} threads"),
+        ]
+    )
+    for warning in body["warnings"]:
+        console().print(f"[yellow]note[/yellow]   {warning}")
+
+
+def report(body: dict[str, Any], out: str) -> None:
+    """What was done, promised against measured."""
+    promised = body["predicted"]
+    rate = f"{body['bytes_per_second'] / 1e9:.2f} GB/s read and written"
+    rows = [
+        ("read", human(body["read_bytes"]), f"{human(promised['read_bytes'])} planned"),
+        (
+            "held",
+            human(body["ram_peak_bytes"]),
+            f"{human(promised['ram_peak_bytes'])} predicted, budget {human(body['ram_budget_bytes'])}",
+        ),
+        ("wrote", human(body["write_bytes"]), f"{body['shards']} shards in {out}"),
+        ("took", duration(body["seconds"]), rate),
+    ]
+    lines(rows)
+    screen = console()
+    if body["copied_tensors"]:
+        screen.print(f"note   {body['copied_tensors']} tensors are the same in all inputs and were copied")
+    for found in body["nonfinite"]:
+        screen.print(
+            f"[yellow]note[/yellow]   {found['file']}: tensor {found['tensor']!r} holds {found['holds']}"
+        )
+
+
+@contextmanager
+def progress(made: Any, silent: bool) -> Iterator[Callable[[Any], None] | None]:
+    """A progress bar on a terminal: bytes written, GB/s moved, time left; nothing in a pipe."""
+    if silent or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    bar = Progress(
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[moved]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[tensor]}[/dim]"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("merge", total=made.write_bytes, moved="", tensor="")
+
+        def tell(now: Any) -> None:
+            elapsed = bar.tasks[0].elapsed or 1e-9
+            moved = now.read_bytes + now.written_bytes
+            text = (
+                f"{human(now.written_bytes)} of {human(now.written_total)}, {moved / elapsed / 1e9:.2f} GB/s"
+            )
+            bar.update(task, completed=now.written_bytes, moved=text, tensor=now.tensor)
+
+        yield tell

@@ -1,0 +1,273 @@
+"""Executes a plan: steps come in filled, are surveyed and merged in order, and go out to a sink.
+
+    disk -> ring -> survey, merge -> result ring -> disk
+
+Reading runs ahead on its own threads, writing and hashing follow on theirs; this loop is the arithmetic between
+them. All three meet in two rings, which is where a fast stage waits for a slow one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from streammerge.budget import Budget
+from streammerge.engine.feed import Feed, Loaded
+from streammerge.engine.tiles import Crew, Merger, look, settle_in_memory
+from streammerge.errors import CheckpointError, Interrupted
+from streammerge.formats.dtypes import DTYPES
+from streammerge.kernels.numerics import Span
+from streammerge.method import Survey, Tile
+from streammerge.planner.plan import Plan
+from streammerge.planner.steps import Piece, PlannedTensor, Step, tile_steps
+from streammerge.store.reader import Mode, Reader
+from streammerge.store.ring import Ring
+
+
+class Sink(Protocol):
+    """Where results go. One step's results are contiguous: `room` once, `put` once."""
+
+    def position(self) -> tuple[int, int]:
+        """The shard and byte to start from: work before it is durable already."""
+
+    def room(self, shard: int, begin: int, size: int) -> int:
+        """The address for the `size` result bytes that belong at `begin` of a shard."""
+
+    def put(self) -> None:
+        """The bytes of the last `room` are there."""
+
+
+@dataclass
+class Progress:
+    """What a callback sees: bytes that moved and will move, and the tensor at hand."""
+
+    read_bytes: int = 0
+    read_total: int = 0
+    written_bytes: int = 0
+    written_total: int = 0
+    tensor: str = ""
+
+
+@dataclass
+class Findings:
+    """What a run noticed about its inputs."""
+
+    copied: list[str] = field(default_factory=list)  # the same bytes in every input
+    nonfinite: list[tuple[str, str, str]] = field(default_factory=list)  # tensor, file, "NaN" or "infinity"
+    read_bytes: int = 0
+    extra_rounds: int = 0
+
+
+class Run:
+    """One execution of a plan. Not reusable."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        budget: Budget,
+        *,
+        reader: Mode = "auto",
+        strict: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.plan, self._strict, self._report, self._cancelled = plan, strict, progress, cancelled
+        self.findings = Findings()
+        self.ring = Ring(budget, plan.ring_bytes, "the ring of tiles")
+        self._reader = Reader(self.ring, reader)
+        self._crew = Crew(plan.threads)
+        self._progress = Progress(read_total=plan.read_bytes, written_total=plan.write_bytes)
+        self._mergers: dict[int, Merger] = {}
+        self._surveys: dict[int, Survey] = {}
+        self._feed: Feed | None = None
+
+    def results(self, sink: Sink) -> Iterator[int]:
+        """Do the work; yields the number of each tensor when the last of its bytes was put.
+
+        Raises:
+            Interrupted: cancelled; what the sink holds is kept.
+            CheckpointError: an input changed while it was read, or holds a NaN or an infinity and `strict` is set.
+            MachineError: reading or writing failed.
+        """
+        files = {spec.file: spec.end for tensor in self.plan.tensors for spec in tensor.inputs}
+        self._reader.choose(list(files.items()))
+        first, start = self._resume(*sink.position())
+        self._progress.written_bytes = sum(t.end - t.begin for t in self.plan.tensors[:first])
+        self._feed = Feed(self.ring, self._reader, self.plan.work(first, start))
+        while (loaded := self._next()) is not None:
+            if loaded.step.kind == "sample":
+                self._survey_streamed(loaded)
+                continue
+            group = [loaded]
+            while not group[-1].step.last:
+                group.append(self._must())
+            self._settle(group)
+            for member in group:
+                yield from self._merge(member, sink)
+
+    def close(self) -> None:
+        """Stop reading and give back the ring."""
+        self.ring.stop()
+        if self._feed is not None:
+            self._feed.close()
+        self._reader.close()
+        self._crew.close()
+        self.findings.read_bytes = self._reader.bytes_read
+        self.ring.close()
+
+    def _resume(self, shard: int, at: int) -> tuple[int, int]:
+        """The first tensor with bytes to write, and the element of it to start from."""
+        for index, tensor in enumerate(self.plan.tensors):
+            if (tensor.shard, tensor.end) <= (shard, at):
+                continue
+            if tensor.shard != shard or tensor.surveyed or at <= tensor.begin:
+                return index, 0
+            grain = tensor.method.grain(tensor.job.shape)
+            element = (at - tensor.begin) * tensor.numel // (tensor.end - tensor.begin)
+            return index, element // grain * grain
+        return len(self.plan.tensors), 0
+
+    def _next(self) -> Loaded | None:
+        if self._cancelled():
+            raise Interrupted("stopped on request")
+        assert self._feed is not None
+        loaded = self._feed.next()
+        if loaded is not None:
+            self._progress.read_bytes += loaded.step.read_bytes
+            self._progress.tensor = self.plan.tensors[loaded.step.pieces[0].tensor].job.name
+            self._tell()
+        return loaded
+
+    def _must(self) -> Loaded:
+        loaded = self._next()
+        assert loaded is not None, "the plan ended in the middle of a tensor"
+        return loaded
+
+    def _tell(self) -> None:
+        if self._report is not None:
+            self._report(self._progress)
+
+    def _settle(self, group: list[Loaded]) -> None:
+        """Survey, in memory, every tensor of these steps that asks for it and was not surveyed by streaming."""
+        tiles: dict[int, list[Tile]] = {}
+        for member in group:
+            for piece in member.step.pieces:
+                if self.plan.tensors[piece.tensor].surveyed and piece.tensor not in self._surveys:
+                    tiles.setdefault(piece.tensor, []).append(self._tile(member, piece))
+        for index, found in tiles.items():
+            tensor = self.plan.tensors[index]
+            self._surveys[index] = survey = _fresh(tensor)
+            settle_in_memory(self._crew, tensor.method, survey, found)
+
+    def _survey_streamed(self, sample: Loaded) -> None:
+        """Survey a tensor that does not fit: read once per round, tile by tile."""
+        index = sample.step.pieces[0].tensor
+        self._surveys[index] = survey = _fresh(self.plan.tensors[index])
+        if survey.wants_sample:
+            survey.sample([self._tile(sample, piece) for piece in sample.step.pieces])
+        self.ring.give(sample.slot)
+        while not survey.settle(self._round(index, survey)):
+            self.findings.extra_rounds += 1
+            self._restart(index)
+
+    def _round(self, index: int, survey: Survey) -> list[object]:
+        tensor = self.plan.tensors[index]
+        partials: list[object] = []
+        done = 0
+        while done < tensor.numel:
+            loaded = self._must()
+            (piece,) = loaded.step.pieces
+            partials.extend(look(self._crew, tensor.method, survey, [self._tile(loaded, piece)]))
+            self.ring.give(loaded.slot)
+            done += piece.numel
+        return partials
+
+    def _restart(self, index: int) -> None:
+        """Read a tensor's tiles for another round: rare, so what was read ahead is simply dropped."""
+        assert self._feed is not None
+        self._feed.close()
+        self._feed = Feed(self.ring, self._reader, self._again(index))
+
+    def _again(self, index: int) -> Iterator[Step]:
+        yield from tile_steps(self.plan.tensors, index, self.plan.cut, "survey")
+        yield from tile_steps(self.plan.tensors, index, self.plan.cut, "merge")
+        yield from self.plan.work(index + 1)
+
+    def _merge(self, loaded: Loaded, sink: Sink) -> Iterator[int]:
+        """Merge one step's pieces into one contiguous result."""
+        pieces = loaded.step.pieces
+        head = self.plan.tensors[pieces[0].tensor]
+        sizes = [piece.numel * self.plan.tensors[piece.tensor].out_itemsize for piece in pieces]
+        address = sink.room(head.shard, head.begin + pieces[0].start * head.out_itemsize, sum(sizes))
+        for piece, size in zip(pieces, sizes, strict=True):
+            tensor = self.plan.tensors[piece.tensor]
+            tile = self._tile(loaded, piece)
+            tile.out = Span(address, tensor.out_dtype, piece.numel)
+            address += size
+            self._merger(piece.tensor).merge(tile)
+        self.ring.give(loaded.slot)
+        sink.put()
+        self._progress.written_bytes += sum(sizes)
+        self._tell()
+        for piece in pieces:
+            if piece.start + piece.numel == self.plan.tensors[piece.tensor].numel:
+                self._close_tensor(piece.tensor)
+                yield piece.tensor
+
+    def _merger(self, index: int) -> Merger:
+        if index not in self._mergers:
+            method = self.plan.tensors[index].method
+            self._mergers[index] = Merger(self._crew, method, self._surveys.get(index))
+        return self._mergers[index]
+
+    def _close_tensor(self, index: int) -> None:
+        """Forget a finished tensor's survey; remember what was noticed."""
+        merger = self._mergers.pop(index)
+        self._surveys.pop(index, None)
+        tensor = self.plan.tensors[index]
+        if merger.equal and len(tensor.inputs) > 1:
+            self.findings.copied.append(tensor.job.name)
+        for spec, flag in zip(tensor.inputs, merger.flags if merger.flags is not None else (), strict=False):
+            if flag:
+                kind = "NaN" if flag == 2 else "an infinity"
+                self.findings.nonfinite.append((tensor.job.name, spec.file, kind))
+                if self._strict:
+                    raise CheckpointError(
+                        f"{spec.file}: tensor {tensor.job.name!r} holds {kind}; mend it, or merge without --strict"
+                    )
+
+    def _tile(self, loaded: Loaded, piece: Piece) -> Tile:
+        tensor = self.plan.tensors[piece.tensor]
+        spans = [
+            self._span(loaded, offset, spec.dtype, piece.numel)
+            for spec, offset in zip(tensor.inputs, piece.offsets, strict=True)
+        ]
+        base = spans.pop(0) if tensor.job.base is not None else None
+        return Tile(
+            name=tensor.job.name,
+            tensor_id=zlib.crc32(tensor.job.name.encode()),
+            shape=tensor.job.shape,
+            start=piece.start,
+            numel=piece.numel,
+            base=base,
+            experts=tuple(spans),
+            seed=self.plan.seed,
+        )
+
+    def _span(self, loaded: Loaded, offset: int, dtype: str, numel: int) -> Span:
+        """An input's elements in the slot; bytes that a file keeps off their alignment are moved onto it."""
+        width = max(1, DTYPES[dtype].bits // 8)
+        address = loaded.slot.address + offset
+        if address % width and numel:
+            ctypes.memmove(address - address % width, address, numel * width)
+            address -= address % width
+        return Span(address, dtype if DTYPES[dtype].bits >= 8 else "U8", numel)
+
+
+def _fresh(tensor: PlannedTensor) -> Survey:
+    survey = tensor.method.survey(tensor.job.shape, len(tensor.job.experts))
+    assert survey is not None
+    return survey

@@ -1,0 +1,96 @@
+"""Where a run's results go: into the shards of an output folder, or to a caller tensor by tensor."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from streammerge.planner.plan import Plan
+from streammerge.store.ring import Slot
+from streammerge.store.writer import Writer
+
+
+class FileSink:
+    """Results in plan order into a `Writer`; a shard is opened at its first result and closed after its last."""
+
+    def __init__(self, plan: Plan, writer: Writer) -> None:
+        self._plan, self._writer = plan, writer
+        self._begun: list[int] = []
+        self._latest: tuple[Slot, int] | None = None
+
+    def position(self) -> tuple[int, int]:
+        """The first shard that is not complete, and its durable bytes."""
+        for number, shard in enumerate(self._plan.layout.shards):
+            if shard.name not in self._writer.hashes:
+                return number, self._writer.resume_at(number)
+        return len(self._plan.layout.shards), 0
+
+    def room(self, shard: int, begin: int, size: int) -> int:
+        if not self._begun or shard != self._begun[-1]:
+            self._end()
+            self._begin(shard, begin)
+        slot, address = self._writer.room(size)
+        self._latest = slot, size
+        return address
+
+    def put(self) -> None:
+        assert self._latest is not None
+        self._writer.put(*self._latest)
+
+    def finish(self) -> None:
+        """Close the last shard, complete those that have no bytes left to merge, wait until all is on the disk.
+
+        Raises:
+            MachineError: writing failed.
+        """
+        self._end()
+        for number, shard in enumerate(self._plan.layout.shards):
+            if number not in self._begun and shard.name not in self._writer.hashes:
+                self._begin(number, self._writer.resume_at(number))
+                self._end()
+        self._writer.drain()
+
+    def _begin(self, shard: int, at: int) -> None:
+        header = len(self._plan.layout.shards[shard].header)
+        self._writer.begin(shard, at if at > header else 0)
+        self._begun.append(shard)
+
+    def _end(self) -> None:
+        if self._writer.is_open:
+            self._writer.end()
+
+
+class MemorySink:
+    """Results as arrays of bytes, one whole tensor at a time, for whoever wants no files."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._scratch = np.empty(plan.out_bytes, np.uint8)
+        self._next = 0  # the tensor that the next byte belongs to
+        self._filled = 0  # bytes of it that are there
+        self._size = 0
+        self._parts: dict[int, npt.NDArray[np.uint8]] = {}
+
+    def position(self) -> tuple[int, int]:
+        return 0, 0
+
+    def room(self, shard: int, begin: int, size: int) -> int:
+        self._size = size
+        return int(self._scratch.ctypes.data)
+
+    def put(self) -> None:
+        at = 0
+        while at < self._size:
+            tensor = self._plan.tensors[self._next]
+            nbytes = tensor.end - tensor.begin
+            part = self._parts.setdefault(self._next, np.empty(nbytes, np.uint8))
+            step = min(nbytes - self._filled, self._size - at)
+            part[self._filled : self._filled + step] = self._scratch[at : at + step]
+            at += step
+            self._filled += step
+            if self._filled == nbytes:
+                self._next, self._filled = self._next + 1, 0
+
+    def take(self, index: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a finished tensor; the sink forgets them."""
+        return self._parts.pop(index, np.empty(0, np.uint8))

@@ -1,0 +1,240 @@
+"""What a method is: arithmetic over aligned tiles of the inputs, beside the engine that feeds it.
+
+A method is one frozen dataclass in `streammerge/methods/<name>.py`; the file's name is the method's name in a
+recipe. Its fields are its parameters. The engine gets an instance and cannot tell one method from another:
+
+    tile method     sees the same contiguous slice of one tensor in every input; no tile size changes a bit
+    tensor method   must see a whole matrix
+    layer method    runs on a network, one layer resident at a time
+
+What a whole tensor must say before a tile can be merged (a trim threshold, a norm, an angle) is a `Survey`: the
+engine shows it every tile, settles it, and hands it to `merge`. If the tensor's inputs fit the budget all of this
+happens in one read; else each round of a survey is one more read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from streammerge.errors import RecipeError
+from streammerge.formats.dtypes import DTYPES
+from streammerge.kernels.numerics import Span
+
+Flags: TypeAlias = npt.NDArray[
+    np.uint8
+]  # one per input, base first: 0 finite, 1 holds an infinity, 2 holds a NaN
+PerExpert: TypeAlias = float | tuple[float, ...]  # a parameter with one value for each expert, or one for all
+BLOCK = 4096  # elements of a logical block: reductions are taken per block, so that no cut changes a bit
+
+REQUIRED: Any = MISSING
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Bytes a method holds beyond inputs and output, on the host and on the device."""
+
+    host: int = 0
+    device: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One parameter of a method as a recipe names it."""
+
+    name: str
+    default: Any  # REQUIRED if the recipe must give it
+    meaning: str
+    per_expert: bool
+    kind: type
+
+
+def param(
+    default: Any = REQUIRED, meaning: str = "", *, per_expert: bool = False, kind: type | None = None
+) -> Any:
+    """A dataclass field that is a recipe parameter. Per-expert parameters are tuples, one value per expert."""
+    if default is MISSING:
+        required = {"meaning": meaning, "per_expert": per_expert, "kind": kind or float}
+        return field(metadata=required, kw_only=True)
+    data = {"meaning": meaning, "per_expert": per_expert, "kind": kind or type(default)}
+    return field(default=default, metadata=data, kw_only=True)
+
+
+@dataclass(slots=True)
+class Tile:
+    """The same contiguous slice of one tensor in every input, and where its result goes.
+
+    `start` and `numel` count elements of the tensor; `shape` is the whole tensor's. `ranks` holds, for surveys that
+    rank elements, the counts over everything before this tile.
+    """
+
+    name: str
+    tensor_id: int
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    base: Span | None
+    experts: tuple[Span, ...]
+    out: Span | None = None
+    seed: int = 0
+    ranks: npt.NDArray[np.int64] | None = None
+
+    @property
+    def anchor(self) -> Span:
+        """The base, or the first expert where a method has none."""
+        return self.base if self.base is not None else self.experts[0]
+
+    def part(self, first: int, last: int) -> Tile:
+        """Elements [first, last) of this tile as a tile of its own."""
+        return replace(
+            self,
+            start=self.start + first,
+            numel=last - first,
+            base=None if self.base is None else _cut(self.base, first, last),
+            experts=tuple(_cut(e, first, last) for e in self.experts),
+            out=None if self.out is None else _cut(self.out, first, last),
+            ranks=None,
+        )
+
+
+def _cut(span: Span, first: int, last: int) -> Span:
+    return Span(span.address + first * (DTYPES[span.dtype].bits // 8), span.dtype, last - first)
+
+
+class Survey(ABC):
+    """What a whole tensor must say before its tiles can be merged.
+
+    The engine calls `sample` once if `wants_sample`, then rounds of `look` over every tile (any order, many threads)
+    and `settle` over the partial answers in tile order until `settle` is content, and hands the survey to `merge`.
+    """
+
+    wants_sample: ClassVar[bool] = False
+    in_order: ClassVar[bool] = False  # tiles must be looked at one after the other
+
+    def sample(self, tiles: Sequence[Tile]) -> None:
+        """Some tiles spread evenly over the tensor: may speed the rounds up, never changes the answer."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def look(self, tile: Tile) -> Any:
+        """The partial answer of one tile. Tiles start at multiples of the method's grain."""
+
+    @abstractmethod
+    def settle(self, partials: Sequence[Any]) -> bool:
+        """Take in one round's partial answers, in tile order. False asks for another round."""
+
+    def ranks(self, tile: Tile) -> npt.NDArray[np.int64] | None:
+        """Counts whose running sum over earlier tiles `merge` needs as `tile.ranks`; None if it needs none."""
+        return None
+
+
+class Method(ABC):
+    """Base of all methods. Class attributes say what the recipe must give."""
+
+    summary: ClassVar[str]  # one line for the table of methods
+    source: ClassVar[str]  # paper, equation, or where the formula is defined
+    sees: ClassVar[str]  # "tile", "tensor" or "layer"
+    needs_base: ClassVar[bool] = True
+    base_is_expert: ClassVar[bool] = False  # a base listed among the models counts as one of the inputs
+    min_experts: ClassVar[int] = 1
+    max_experts: ClassVar[int | None] = None
+    kernels: ClassVar[tuple[str, ...]] = ()  # what it computes with, so that a plan can say and load it
+    keys: ClassVar[tuple[str, ...]] = ()  # further top-level recipe keys that belong to this method
+
+
+class TileMethod(Method):
+    """A method for which each result element depends on the same element of the inputs, and on a survey at most."""
+
+    sees = "tile"
+
+    def cost(self, numel: int, experts: int, device: str) -> Cost:
+        """Bytes beyond inputs and output while one tile of `numel` elements is surveyed or merged."""
+        return Cost()
+
+    def survey_bytes(self, shape: tuple[int, ...], experts: int, threads: int) -> int:
+        """Bytes that the survey of one whole tensor holds until the tensor is merged, with so many threads looking."""
+        return 0
+
+    def grain(self, shape: tuple[int, ...]) -> int:
+        """Tiles are cut at multiples of this many elements."""
+        return BLOCK
+
+    def survey(self, shape: tuple[int, ...], experts: int) -> Survey | None:
+        """A fresh survey of one tensor, or None if tiles can be merged as they come."""
+        return None
+
+    def keeps_equal(self) -> bool:
+        """Whether inputs that are the same bytes give exactly those bytes, so that they can be copied."""
+        return True
+
+    @abstractmethod
+    def merge(self, tile: Tile, survey: Any) -> Flags:
+        """Write the merged tile to `tile.out`; say per input (base first) whether it held non-finite values."""
+
+
+def spread(value: PerExpert, experts: int) -> npt.NDArray[np.float64]:
+    """A per-expert parameter as one number per expert; a single number serves all."""
+    values = np.asarray(value, dtype=np.float64).reshape(-1)
+    if values.size == 1:
+        return np.repeat(values, experts)
+    if values.size != experts:
+        raise RecipeError(f"{values.size} values for {experts} experts; give one per expert")
+    return values
+
+
+def parameters(cls: type[Method]) -> dict[str, Param]:
+    """The recipe parameters of a method by their names in a recipe (`lambda_` is `lambda`)."""
+    found = {}
+    for item in fields(cls):  # type: ignore[arg-type]  # every method is a dataclass
+        name = item.name.rstrip("_")
+        meta = item.metadata
+        found[name] = Param(name, item.default, meta["meaning"], meta["per_expert"], meta["kind"])
+    return found
+
+
+def build(cls: type[Method], values: Mapping[str, Any]) -> Method:
+    """An instance from recipe names and values; names have been checked by the recipe."""
+    spelled = {item.name.rstrip("_"): item.name for item in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{spelled[name]: value for name, value in values.items()})
+
+
+def names() -> list[str]:
+    """Every method that a recipe can name: files in streammerge/methods, then entry points of other packages."""
+    package = importlib.import_module("streammerge.methods")
+    own = [
+        module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
+    ]
+    return sorted(own) + sorted(point.name for point in entry_points(group="streammerge.methods"))
+
+
+def find(name: str) -> type[Method]:
+    """The one method class that streammerge/methods/<name>.py, or the entry point `name`, defines.
+
+    Raises:
+        RecipeError: there is no such method; the message names the nearest.
+    """
+    known = names()
+    if name not in known:
+        near = get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise RecipeError(f"unknown merge_method {name!r}; {hint}")
+    for point in entry_points(group="streammerge.methods"):
+        if point.name == name:
+            loaded: type[Method] = point.load()
+            return loaded
+    module = importlib.import_module(f"streammerge.methods.{name}")
+    (found,) = (
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module.__name__
+    )
+    return found

@@ -1,0 +1,336 @@
+"""What whole tensors must say: exact ranks of magnitude, norms under a random mask, dot products.
+
+Counts are integers and add up in any order. Sums are taken per logical block in a fixed order and folded exactly
+(math.fsum), so tiles, threads and devices cannot be seen in them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from streammerge import kernel
+from streammerge.kernels.select_threshold import Bracket, Found, drop_largest, keep_largest, narrow
+from streammerge.method import BLOCK, Survey, Tile
+
+TOP = 1 << 31  # one above every key of magnitude
+HISTOGRAMS = 32 << 20  # bytes that all histograms of a survey may hold
+COPIES = 4  # threads that count at once; more wait, rather than each hold a histogram
+SPREAD = 8.0  # how far, in standard deviations of a sampled rank, a first bracket reaches to both sides
+
+
+def row_grain(row: int) -> int:
+    """Elements at whose multiples tiles may be cut so that rows stay whole."""
+    return row * -(-BLOCK // row) if row else BLOCK
+
+
+@dataclass(frozen=True)
+class Window:
+    """Of a tensor's elements by falling magnitude: the first `drop` go, of the rest those before `keep` stay."""
+
+    numel: int
+    keep: int
+    drop: int = 0
+
+    @classmethod
+    def largest(cls, numel: int, density: float) -> Window:
+        """The largest `density` of them, at least one unless the density is 0."""
+        if density >= 1:
+            return cls(numel, numel)
+        return cls(numel, max(1, int(density * numel)) if density > 0 else 0)
+
+    @classmethod
+    def between(cls, numel: int, density: float, gamma: float) -> Window:
+        """`density` of them without the `gamma` largest; fewer outliers go if else too few would stay."""
+        if density >= 1:
+            return cls(numel, numel)
+        kept, outliers = int(density * numel), int(gamma * numel)
+        smallest = max(0, numel - kept - outliers)
+        return cls(numel, numel - smallest, numel - smallest - kept)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it keeps all or nothing, which needs no threshold."""
+        return self.keep - self.drop in (0, self.numel)
+
+    def ranks(self) -> list[int]:
+        """Ascending ranks whose keys must be known."""
+        return [self.numel - count for count in (self.keep, self.drop) if 0 < count < self.numel]
+
+    def bounds(self, found: dict[int, Found]) -> tuple[int, ...]:
+        """A row of sign_elect's `trims`."""
+        if self.keep - self.drop == 0:
+            return (TOP, 0, 0, -1, 0, 0)
+        low = keep_largest(self.numel, self.keep, found.get(self.numel - self.keep))
+        return (*low, *drop_largest(self.numel, self.drop, found.get(self.numel - self.drop)))
+
+    def everything(self) -> tuple[int, ...]:
+        """The bounds of a window that needs no threshold."""
+        return self.bounds({})
+
+
+def _bins(numel: int, windows: Sequence[Window]) -> int:
+    wanted = max(1, sum(len(window.ranks()) for window in windows))
+    room = HISTOGRAMS // (8 * wanted * COPIES)
+    return 1 << max(8, min(20, room.bit_length() - 1, max(1, numel).bit_length()))
+
+
+def histogram_bytes(numel: int, windows: Sequence[Window], threads: int) -> int:
+    """What a TrimSurvey holds at most: histograms, and before them the keys of its sample."""
+    wanted = sum(len(window.ranks()) for window in windows)
+    return max(min(threads, COPIES) * wanted * (_bins(numel, windows) + 2) * 8, 8 * min(numel, 1 << 22))
+
+
+class TrimSurvey(Survey):
+    """The exact keys of magnitude at given ranks, per expert.
+
+    A sample places a bracket around each rank; one round counts what lies below it and, key by key, within it. If
+    the rank turns out to lie outside, or the bracket was too wide for single keys, another round looks where it must
+    be. With `rescale` a last round adds up the magnitudes that are kept.
+    """
+
+    wants_sample = True
+
+    def __init__(self, numel: int, windows: Sequence[Window], rescale: bool = False) -> None:
+        self._windows = list(windows)
+        self._bins = _bins(numel, windows)
+        self._numel = numel
+        self._open: dict[tuple[int, int], Bracket] = {}  # (expert, rank) -> where its key may be
+        self._found: dict[tuple[int, int], Found] = {}
+        for expert, window in enumerate(self._windows):
+            for rank in window.ranks():
+                self._open[expert, rank] = self._bracket(0, TOP)
+        self._idle: list[dict[tuple[int, int], npt.NDArray[np.int64]]] = []
+        self._lock = threading.Lock()
+        self._copies = threading.Semaphore(COPIES)
+        self._norms = rescale
+        self.rescale = np.ones(len(self._windows))
+        self.trims = np.zeros((len(self._windows), 6), np.int64)
+
+    def sample(self, tiles: Sequence[Tile]) -> None:
+        for expert in {expert for expert, _ in self._open}:
+            keys = np.concatenate([_keys(tile, expert) for tile in tiles])
+            keys.sort()
+            for rank in self._windows[expert].ranks():
+                self._open[expert, rank] = self._guess(keys, rank)
+
+    def _guess(self, keys: npt.NDArray[np.uint32], rank: int) -> Bracket:
+        """A bracket that holds the key of a rank almost surely; all of it if the sample is the tensor."""
+        if keys.size == self._numel:
+            return self._bracket(int(keys[rank]), int(keys[rank]) + 1)
+        share = (rank + 0.5) / self._numel
+        reach = SPREAD * math.sqrt(share * (1 - share) / keys.size) + 2 / keys.size
+        low = keys[max(0, int((share - reach) * keys.size))]
+        high = keys[min(keys.size - 1, int((share + reach) * keys.size) + 1)]
+        spare = max(0, self._bins - (int(high) + 1 - int(low))) // 2
+        return self._bracket(max(0, int(low) - spare), min(TOP, int(high) + 1 + spare))
+
+    def _bracket(self, low: int, high: int) -> Bracket:
+        """Bins over [low, high), single keys if there are enough of them."""
+        shift = max(0, (-(-(high - low) // self._bins) - 1).bit_length())
+        return Bracket(
+            low, shift, -(-(high - low) >> shift) if not shift else -(-(high - low) // (1 << shift))
+        )
+
+    def look(self, tile: Tile) -> Any:
+        if not self._open:
+            return self._magnitudes(tile)
+        with self._copies:
+            with self._lock:
+                counts = self._idle.pop() if self._idle else {key: b.empty() for key, b in self._open.items()}
+            for (expert, rank), bracket in self._open.items():
+                where = (bracket.low, bracket.shift, counts[expert, rank])
+                kernel.run("magnitude_histogram", tile.base, tile.experts[expert], *where)
+            with self._lock:
+                self._idle.append(counts)
+        return None
+
+    def settle(self, partials: Sequence[Any]) -> bool:
+        if not self._open:
+            return self._settle_norms(partials)
+        for key, bracket in list(self._open.items()):
+            counts = np.sum([counts[key] for counts in self._idle], axis=0)
+            answer = self._answer(bracket, counts, key[1])
+            if isinstance(answer, Found):
+                self._found[key] = answer
+                del self._open[key]
+            else:
+                self._open[key] = answer
+        self._idle.clear()
+        if self._open:
+            return False
+        for expert, window in enumerate(self._windows):
+            mine = {rank: found for (who, rank), found in self._found.items() if who == expert}
+            self.trims[expert] = window.bounds(mine)
+        return not self._norms
+
+    def _answer(self, bracket: Bracket, counts: npt.NDArray[np.int64], rank: int) -> Bracket | Found:
+        """What one round's counts say about a rank."""
+        end = bracket.low + (bracket.bins << bracket.shift)
+        if rank < counts[0]:
+            return self._bracket(0, bracket.low)
+        if rank >= counts[:-1].sum():
+            return self._bracket(end, TOP)
+        return narrow(bracket, counts, rank)
+
+    def _magnitudes(self, tile: Tile) -> npt.NDArray[np.float64]:
+        """[blocks, experts, 2] sums of all magnitudes, and of those strictly within each window's bounds."""
+        sums = np.empty((-(-tile.numel // BLOCK), len(self._windows), 2))
+        for expert, trim in enumerate(self.trims):
+            partials = np.empty((sums.shape[0], 2))
+            kernel.call(
+                "magnitude_histogram",
+                "norms",
+                tile.base,
+                tile.experts[expert],
+                int(trim[0]),
+                int(trim[3]),
+                partials,
+            )
+            sums[:, expert] = partials
+        return sums
+
+    def _settle_norms(self, partials: Sequence[Any]) -> bool:
+        """r = |delta|_1 / |kept delta|_1; elements that tie at a bound count by how many of them stay."""
+        whole, inside = _fsums(np.concatenate(list(partials)))
+        for expert, window in enumerate(self._windows):
+            low, first, last, high, high_first, high_last = (int(v) for v in self.trims[expert])
+            kept = inside[expert]
+            if window.whole:
+                continue
+            if low == high:
+                kept += max(0, min(last, high_last) - max(first, high_first)) * _value(low)
+            else:
+                kept += (last - first) * _value(low) if 0 <= low < TOP else 0.0
+                kept += (high_last - high_first) * _value(high) if 0 <= high < TOP else 0.0
+            self.rescale[expert] = _ratio(whole[expert], kept)
+        return True
+
+    def ranks(self, tile: Tile) -> npt.NDArray[np.int64] | None:
+        cut = [(t[2] - t[1], t[5] - t[4]) for t in self.trims]
+        if not any(low or high for low, high in cut):
+            return None
+        counts = np.zeros((len(cut), 2), np.int64)
+        for expert, (trim, (low, high)) in enumerate(zip(self.trims, cut, strict=True)):
+            for side, key in ((0, trim[0] if low else None), (1, trim[3] if high else None)):
+                if key is not None and self._splits(expert, int(key)):
+                    counts[expert, side] = kernel.call(
+                        "magnitude_histogram", "count_equal", tile.base, tile.experts[expert], int(key)
+                    )
+        return counts
+
+    def _splits(self, expert: int, key: int) -> bool:
+        """Whether some elements that tie at a key stay and some go; if all do the same, nobody need count them."""
+        for (who, _), found in self._found.items():
+            if who == expert and found.key == key:
+                low, first, last, high, high_first, high_last = self.trims[expert]
+                part = (last - first) if low == key else (high_last - high_first)
+                if part != found.equal or low == high:
+                    return True
+        return False
+
+
+def _keys(tile: Tile, expert: int) -> npt.NDArray[np.uint32]:
+    keys = np.empty(tile.numel, np.uint32)
+    kernel.call("magnitude_histogram", "keys", tile.base, tile.experts[expert], keys)
+    return keys
+
+
+def _value(key: int) -> float:
+    return float(np.array(key, np.uint32).view(np.float32))
+
+
+def _ratio(whole: float, kept: float) -> float:
+    return 1.0 if whole < 1e-7 or kept < 1e-7 else whole / kept
+
+
+def _fsums(partials: npt.NDArray[np.float64]) -> tuple[list[float], list[float]]:
+    """Exact sums over blocks of [blocks, experts, 2]."""
+    experts = range(partials.shape[1])
+    sums = [[math.fsum(partials[:, expert, which]) for expert in experts] for which in (0, 1)]
+    return sums[0], sums[1]
+
+
+class DropSurvey(Survey):
+    """L1 norms of each task vector before and after its random mask; `rescale` is their ratio."""
+
+    def __init__(self, kept: npt.NDArray[np.float64]) -> None:
+        self._kept = kept
+        self.rescale = np.ones(len(kept))
+
+    @staticmethod
+    def bytes_kept(numel: int, experts: int) -> int:
+        return -(-numel // BLOCK) * experts * 2 * 8 * 3
+
+    def look(self, tile: Tile) -> npt.NDArray[np.float64]:
+        sums = np.zeros((-(-tile.numel // BLOCK), len(self._kept), 2))
+        for expert, density in enumerate(self._kept):
+            if 0 < density < 1:
+                partials = np.empty((sums.shape[0], 2))
+                where = (tile.seed, tile.tensor_id, expert, tile.start)
+                kernel.run("drop_rescale", tile.base, tile.experts[expert], float(density), *where, partials)
+                sums[:, expert] = partials
+        return sums
+
+    def settle(self, partials: Sequence[Any]) -> bool:
+        whole, kept = _fsums(np.concatenate(list(partials)))
+        self.rescale = np.array([_ratio(w, k) for w, k in zip(whole, kept, strict=True)])
+        return True
+
+
+class DotSurvey(Survey):
+    """Gram entries of the inputs, or of the task vectors where there is a base: of the tensor, or of each row.
+
+    `sums` is [groups, K(K+1)/2], the upper triangle row by row; a method whose base is one of two points (slerp) has
+    base and expert as its inputs.
+    """
+
+    def __init__(self, row: int = 0) -> None:
+        self._row = row
+        self.sums = np.zeros((0, 0))
+
+    @staticmethod
+    def bytes_kept(numel: int, inputs: int, row: int = 0) -> int:
+        return -(-numel // (row or BLOCK)) * inputs * (inputs + 1) // 2 * 8 * 3
+
+    def look(self, tile: Tile) -> npt.NDArray[np.float64]:
+        inputs, base = _points(tile)
+        block = self._row or BLOCK
+        partials = np.empty((-(-tile.numel // block), len(inputs) * (len(inputs) + 1) // 2))
+        kernel.run("norms_and_dots", inputs, base, block, partials)
+        return partials
+
+    def settle(self, partials: Sequence[Any]) -> bool:
+        blocks = np.concatenate(list(partials))
+        self.sums = blocks if self._row else np.array([[math.fsum(column) for column in blocks.T]])
+        return True
+
+
+class ColumnSurvey(Survey):
+    """Gram entries of each column. Rows are added one after the other, so tiles are looked at in order."""
+
+    in_order = True
+
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+        self.sums = np.zeros((columns, 3))
+
+    def look(self, tile: Tile) -> None:
+        inputs, base = _points(tile)
+        kernel.call("norms_and_dots", "columns", inputs, base, self._columns, self.sums)
+
+    def settle(self, partials: Sequence[Any]) -> bool:
+        return True
+
+
+def _points(tile: Tile) -> tuple[tuple[Any, ...], Any]:
+    """The vectors whose angles count, and what they are measured from."""
+    if tile.base is not None and len(tile.experts) == 1:
+        return (tile.base, *tile.experts), None
+    return tile.experts, tile.base

@@ -1,0 +1,257 @@
+"""Recipe -> Plan, from headers alone: what is read, held and written, in which order, and the peak before it happens.
+
+The one dial is the budget. From what it leaves after the process itself come the bytes of a step (one slot: the same
+slices of every input), of the ring that steps live in, and of the ring that results live in. The result depends on
+none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streammerge import __version__
+from streammerge.budget import MIB, cores, human, resident
+from streammerge.errors import BudgetTooSmall, RecipeError
+from streammerge.method import TileMethod, build, find
+from streammerge.planner.dialect import Resolution
+from streammerge.planner.layout import Layout, lay_out_output
+from streammerge.planner.recipe import Recipe
+from streammerge.planner.steps import (
+    SAMPLE,
+    SAMPLES,
+    Cut,
+    PlannedTensor,
+    Step,
+    merge_steps,
+    smallest_step,
+)
+from streammerge.store.checkpoint import Checkpoint
+from streammerge.store.ring import PAGE, round_up
+from streammerge.store.writer import HEADER_PIECE
+
+ALLOWANCE = 24 * MIB  # thread stacks, the allocator's slack, journal and progress
+TILE = 8 * MIB  # bytes of one input in a step, at most: more does not make a disk faster
+DEPTH = 4  # steps the ring holds where nothing must be resident: one read, one merged, two on their way
+NOMINAL_RATE = 1e9  # bytes a second that `seconds` assumes of a disk; no weight is read to find out
+NUMERICS = 1  # raised when a change alters the bits of any result, so that no resumed run mixes two
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge will do. Bytes are integers; nothing here was measured but what the process holds already."""
+
+    recipe: Recipe
+    tensors: tuple[PlannedTensor, ...]
+    layout: Layout
+    cut: Cut
+    ring_bytes: int
+    out_bytes: int
+    digest: str
+    seed: int
+    threads: int
+    device: str
+    ram_budget_bytes: int
+    ram_peak_bytes: int
+    read_bytes: int
+    write_bytes: int
+    passes: int
+    steps: int
+    donor: Checkpoint
+    config: dict[str, Any] | None
+    inputs: tuple[Checkpoint, ...]
+    warnings: tuple[str, ...] = ()
+    vram_budget_bytes: int = 0
+    vram_peak_bytes: int = 0
+    kernels: dict[str, str] = field(default_factory=dict)
+    held_bytes: int = 0  # what the process holds beside rings and methods, with an allowance
+
+    @property
+    def seconds(self) -> float:
+        """At the nominal rate of a disk, reads and writes after each other."""
+        return (self.read_bytes + self.write_bytes) / NOMINAL_RATE
+
+    def work(self, first: int = 0, start: int = 0) -> Iterator[Step]:
+        """The steps from element `start` of tensor `first` on."""
+        return merge_steps(self.tensors, self.cut, first, start)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The stable keys of `plan --json`."""
+        return {
+            "method": self.recipe.merge_method,
+            "device": self.device,
+            "ram_budget_bytes": self.ram_budget_bytes,
+            "ram_peak_bytes": self.ram_peak_bytes,
+            "vram_budget_bytes": self.vram_budget_bytes,
+            "vram_peak_bytes": self.vram_peak_bytes,
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "passes": self.passes,
+            "tensors": len(self.tensors),
+            "shards": len(self.layout.shards),
+            "steps": self.steps,
+            "step_bytes": self.cut.step,
+            "seconds": round(self.seconds, 3),
+            "digest": self.digest,
+            "seed": self.seed,
+            "kernels": self.kernels,
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user allows: bytes of memory, threads, device, and how the output is cut."""
+
+    ram: int
+    threads: int = 0
+    device: str = "cpu"
+    shard_size: int | None = None
+    seed: int = 0
+
+
+def make_plan(
+    recipe: Recipe,
+    resolution: Resolution,
+    checkpoints: Mapping[str, Checkpoint],
+    limits: Limits,
+    kernels: dict[str, str],
+) -> Plan:
+    """Cut the work to the budget. `kernels` says what will compute; they are loaded, so what they hold is counted.
+
+    Raises:
+        BudgetTooSmall: no cut fits; `least` would.
+        RecipeError: a method that this engine cannot run.
+    """
+    layout = lay_out_output(resolution.jobs, resolution.shards, limits.shard_size, resolution.donor.metadata)
+    tensors = tuple(_planned(layout))
+    threads = limits.threads or cores()
+    held = resident().demand + ALLOWANCE
+    cut, ring, out, extra = _cut(tensors, limits.ram - held, held, threads)
+    read = passes = steps = widest = 0
+    for step in merge_steps(tensors, cut):
+        read += step.read_bytes
+        steps += 1
+        passes = max(passes, 2 if step.kind == "survey" else 1)
+        widest = max(widest, step.size)
+    ring = min(ring, max(read, widest) + PAGE)
+    return Plan(
+        recipe=recipe,
+        tensors=tensors,
+        layout=layout,
+        cut=cut,
+        ring_bytes=ring,
+        out_bytes=out,
+        digest=_digest(recipe, layout, checkpoints, limits.seed),
+        seed=limits.seed,
+        threads=threads,
+        device=limits.device,
+        ram_budget_bytes=limits.ram,
+        ram_peak_bytes=held + ring + out + extra,
+        read_bytes=read,
+        write_bytes=sum(shard.size for shard in layout.shards),
+        passes=passes,
+        steps=steps,
+        donor=resolution.donor,
+        config=resolution.config,
+        inputs=tuple(checkpoints.values()),
+        warnings=resolution.warnings,
+        kernels=kernels,
+        held_bytes=held,
+    )
+
+
+def _planned(layout: Layout) -> Iterator[PlannedTensor]:
+    made: dict[tuple[Any, ...], TileMethod] = {}
+    for place in layout.places:
+        job = place.job
+        key = (job.method, *sorted(job.parameters.items()))
+        if key not in made:
+            method = build(find(job.method), job.parameters)
+            if not isinstance(method, TileMethod):
+                raise RecipeError(
+                    f"{job.method} is a {method.sees} method; this engine runs tile methods only"
+                )
+            made[key] = method
+        method = made[key]
+        surveyed = method.survey(job.shape, len(job.experts)) is not None
+        yield PlannedTensor(job, method, surveyed, place.shard, place.begin, place.end)
+
+
+def _cut(tensors: Sequence[PlannedTensor], free: int, held: int, threads: int) -> tuple[Cut, int, int, int]:
+    """The largest steps that fit: (cut, bytes of the ring, bytes of the result ring, bytes of the methods)."""
+    inputs = max((len(t.inputs) for t in tensors), default=1)
+    smallest = smallest_step(tensors)
+    total = sum(t.numel * t.width + len(t.inputs) * 2 * PAGE for t in tensors)
+    surveyed = max((t.numel * t.width for t in tensors if t.surveyed), default=0)
+    sample = max((_sample_bytes(t) for t in tensors if t.surveyed), default=0)
+    step = max(inputs * TILE, smallest)
+    while True:
+        step = max(step, smallest)
+        extra = max((_cost(t, step, threads) for t in tensors), default=0)
+        out = _out_bytes(tensors, step)
+        ring = max(DEPTH * step, sample + PAGE)
+        if ring + out + extra <= free:
+            break
+        if step == smallest:
+            least = held + ring + out + extra
+            raise BudgetTooSmall(
+                f"this merge needs at least {human(round_up(least, MIB))} of memory and {human(held + free)} are "
+                f"allowed; give --ram {round_up(least, MIB) // MIB}MiB or more",
+                round_up(least, MIB),
+            )
+        step //= 2
+    if surveyed:
+        room = (
+            surveyed + surveyed // (step // 2) * inputs * 2 * PAGE + 2 * step
+        )  # the largest, whole, and the next
+        ring = max(ring, min(free - out - extra, room))
+    return Cut(step, ring), min(ring, total + PAGE), out, extra
+
+
+def _cost(tensor: PlannedTensor, step: int, threads: int) -> int:
+    numel = min(tensor.numel, max(1, step // tensor.width))
+    experts = len(tensor.job.experts)
+    kept = tensor.method.survey_bytes(tensor.job.shape, experts, threads) if tensor.surveyed else 0
+    return tensor.method.cost(numel, experts, "cpu").host * threads + kept
+
+
+def _sample_bytes(tensor: PlannedTensor) -> int:
+    return SAMPLES * (min(SAMPLE, tensor.numel) * tensor.width + len(tensor.inputs) * 2 * PAGE)
+
+
+def _out_bytes(tensors: Sequence[PlannedTensor], step: int) -> int:
+    """The result ring: as many slots as the ring has steps, of the largest result a step can have."""
+    total = sum(t.end - t.begin for t in tensors)
+    ratio = max(((t.end - t.begin) / (t.numel * t.width) for t in tensors if t.numel), default=1.0)
+    largest = min(total, int(step * ratio) + 1)
+    return round_up(DEPTH * (max(largest, HEADER_PIECE) + 2 * PAGE))
+
+
+def _digest(recipe: Recipe, layout: Layout, checkpoints: Mapping[str, Checkpoint], seed: int) -> str:
+    """Names the work: the same recipe on the same inputs with the same output layout gives the same bytes."""
+    work = {
+        "version": __version__,
+        "numerics": NUMERICS,
+        "recipe": recipe.canonical(),
+        "inputs": {name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
+        "layout": [hashlib.sha256(shard.header).hexdigest() for shard in layout.shards],
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+
+
+def describe_inputs(plan: Plan) -> list[dict[str, Any]]:
+    """Inputs for the manifest: path, bytes, header hash."""
+    return [
+        {
+            "path": str(Path(checkpoint.path)),
+            "bytes": sum(spec.nbytes for spec in checkpoint.tensors.values()),
+            "headers_sha256": checkpoint.fingerprint(),
+        }
+        for checkpoint in plan.inputs
+    ]

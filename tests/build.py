@@ -1,0 +1,92 @@
+"""Tiny checkpoints and broken files for tests, made with json and struct alone.
+
+Nothing here shares code with the package or with the safetensors library, so a mistake in either shows, and
+files that neither would write can be made.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NUMPY_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+class Tensor(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def tensor(values: Any) -> Tensor:
+    """A tensor from an array; a Tensor stays as it is."""
+    if isinstance(values, Tensor):
+        return values
+    array = np.asarray(values)
+    return Tensor(NUMPY_DTYPES[array.dtype.name], array.shape, array.tobytes())
+
+
+def bf16(values: Any) -> Tensor:
+    """BF16 from numbers that it holds exactly; anything else is a mistake in the test."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    assert not (bits & 0xFFFF).any(), "not exact in bfloat16"
+    return Tensor("BF16", bits.shape, (bits >> 16).astype("<u2").tobytes())
+
+
+def raw_file(header: str | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file from the text of its header; `length` lies about it."""
+    text = header.encode() if isinstance(header, str) else header
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def shard(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A valid file with the tensors one after the other in the order given."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    data = b""
+    for name, values in tensors.items():
+        dtype, shape, raw = tensor(values)
+        table[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    return raw_file(json.dumps(table), data)
+
+
+def checkpoint(
+    folder: Path,
+    shards: Mapping[str, Mapping[str, Any]],
+    *,
+    index: bool | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """A checkpoint folder; an index is written for more than one shard, unless `index` says otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, tensors in shards.items():
+        (folder / file).write_bytes(shard(tensors, {"format": "pt"}))
+    if index if index is not None else len(shards) > 1:
+        write_index(folder, {name: file for file, tensors in shards.items() for name in tensors})
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
+    index = {"metadata": {"total_size": 0}, "weight_map": dict(weight_map)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

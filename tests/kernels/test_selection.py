@@ -1,0 +1,93 @@
+"""Counting and selecting magnitudes, and the bounds that sign_elect keeps, against a stable sort."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from streammerge.kernels import magnitude_histogram, reference, sign_elect
+from streammerge.kernels import select_threshold as select
+from streammerge.kernels.reference import span
+
+
+def deltas() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    normal = torch.randn(5000, generator=random)
+    return {
+        "normal": normal,
+        "few values": (normal * 2).round() / 4,
+        "all equal": torch.where(normal > 0, 0.5, -0.5),
+        "all zero": torch.zeros(5000) * normal,
+        "mostly zero": torch.where(normal > 1.5, normal, 0),
+        "wide": normal * torch.exp(20 * torch.randn(5000, generator=random)),
+        "subnormal": normal * 1e-40,
+        "one": torch.tensor([3.0]),
+        "with infinities": torch.where(normal > 2, torch.inf, normal),
+    }
+
+
+def find(base, expert, rank, cuts=(0, 1300)):
+    """Through brackets, counting in parts."""
+    bracket, passes = select.WHOLE, 0
+    ends = (*cuts[1:], base.numel())
+    while isinstance(bracket, select.Bracket):
+        counts = bracket.empty()
+        for start, stop in zip(cuts, ends, strict=True):
+            magnitude_histogram.host(span(base[start:stop]), span(expert[start:stop]), bracket.low, bracket.shift, counts)
+        assert counts.sum() == base.numel()
+        bracket, passes = select.narrow(bracket, counts, rank), passes + 1
+    assert passes == 2
+    return bracket
+
+
+@pytest.mark.parametrize("name", deltas())
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
+def test_found_key_is_the_sorted_one(name, share):
+    delta = deltas()[name]
+    base = torch.zeros_like(delta)
+    keys = np.empty(delta.numel(), np.uint32)
+    magnitude_histogram.keys(span(base), span(delta), keys)
+    rank = int(share * (delta.numel() - 1))
+    found = find(base, delta, rank, (0,) if name == "one" else (0, 1300))
+    assert found.key == np.sort(keys)[rank]
+    assert found.below == (keys < found.key).sum()
+    assert found.equal == (keys == found.key).sum() == magnitude_histogram.count_equal(span(base), span(delta), found.key)
+
+
+@pytest.mark.parametrize("name", deltas())
+@pytest.mark.parametrize(("keep", "drop"), [(0, 0), (1, 0), (1000, 0), (1000, 50), (4999, 1), (5000, 0), (5000, 5000)])
+def test_bounds_keep_what_a_stable_sort_keeps(name, keep, drop):
+    delta = deltas()[name]
+    numel = delta.numel()
+    keep, drop, base = min(keep, numel), min(drop, numel), torch.zeros(numel)
+    order = torch.argsort(delta.abs(), descending=True, stable=True)
+    expected = torch.zeros(numel)
+    expected[order[drop:keep]] = delta[order[drop:keep]]
+    lower = find(base, delta, numel - keep, (0,)) if 0 < keep < numel else None
+    upper = find(base, delta, numel - drop, (0,)) if 0 < drop < numel else None
+    bounds = (*select.keep_largest(numel, keep, lower), *select.drop_largest(numel, drop, upper))
+    trims, ranks, out = np.array([bounds], np.int64), np.zeros((1, 2), np.int64), torch.full((numel,), torch.nan)
+    for start, stop in ((0, 1), (1, 1300), (1300, numel)):
+        a, b, e = (span(t[start:stop]) for t in (out, base, delta))
+        if a.numel > 0:
+            sign_elect.host(a, b, [e], np.ones(1, np.float32), 1.0, False, False, trims, ranks, None)
+            for column, key in enumerate((bounds[0], bounds[3])):
+                ranks[0, column] += magnitude_histogram.count_equal(b, e, key) if 0 <= key < 1 << 31 else 0
+    assert torch.equal(out, expected)
+
+
+def test_nan_sorts_above_infinity():
+    delta = torch.tensor([1.0, -torch.inf, torch.nan, 0.0, -torch.nan])
+    keys = np.empty(5, np.uint32)
+    magnitude_histogram.keys(span(torch.zeros(5)), span(delta), keys)
+    assert keys.tolist() == [0x3F800000, 0x7F800000, 0x7FC00000, 0, 0x7FC00000]
+
+
+def test_counts_by_hand_and_added_up():
+    base, expert = torch.zeros(5), torch.tensor([0.0, 1.0, -1.5, 2.0, 1.0])
+    counts, one = np.zeros(4, np.int64), 0x3F800000
+    for _ in range(2):
+        magnitude_histogram.host(span(base), span(expert), one, 22, counts)
+    assert counts.tolist() == [2, 4, 2, 2]
+    assert reference.magnitude(torch.tensor([-1.0])).item() == one
