@@ -74,9 +74,9 @@ def signs(label: str, elect: bool, trims: Array | None, density: float | None, n
     weights = np.array([0.3, 0.4, 0.5], np.float32)
 
     def part(a: int, b: int) -> object:
-        drop = None if density is None else sign_elect.Drop(density, np.full(3, 2.0), 7, 9, (0, 1, 2), a)
+        drop = None if density is None else sign_elect.Drop(density, 7, 9, (0, 1, 2), a)
         spans = cut(out, a, b), cut(base, a, b), [cut(s, a, b) for s in others]
-        return kernel.run("sign_elect", *spans, weights, 1.0, elect, elect, trims, None, drop)
+        return kernel.run("sign_elect", *spans, weights, None, 1.0, elect, elect, trims, None, drop)
 
     def eager() -> object:
         b, votes = tensors[1].float(), []
@@ -159,9 +159,7 @@ def rows(numel: int, only: str) -> Iterator[Row]:
             yield make()
 
 
-def best(
-    work: Callable[[], object], repeats: int = 5, clock: Callable[[], float] = time.thread_time
-) -> float:
+def best(work: Callable[[], object], repeats: int = 5, clock: Callable[[], float] = time.thread_time) -> float:
     seconds = []
     for _ in range(repeats):
         start = clock()

@@ -2,14 +2,15 @@
 
     out = c[g, 0] * base + sum_k c[g, k + 1] * (expert_k - base)        g = (element // inner) % groups
 
-fp32, summed in the order of the experts, one rounding at the end. `inner` and `groups` say along which axis coefficients
-change: groups = 1 for a whole tensor, groups = rows with inner = columns for one coefficient per row, groups =
-columns with inner = 1 for one per column. What is exact, and stays so down to the sign of a zero:
+fp32, summed in the order of the experts, one rounding at the end. `inner` and `groups` say along which axis the
+coefficients change: groups = 1 for a whole tensor; groups = rows with inner = columns for one coefficient per row;
+groups = columns with inner = 1 for one per column (slow: runs of one element). Exact, to the sign of a zero:
   - an expert with coefficient 0 takes no part, whatever it holds;
   - a sum that is zero leaves c[g, 0] * base, hence the base where c[g, 0] is 1;
   - c[g, 0] = 1, one coefficient 1 and the others 0 give that expert (base + (expert - base) would not).
 """
 
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from .numerics import (
     Array,
     Span,
     as_f32,
+    as_u32,
+    bf16_bits,
     compiled,
     f32,
     flags,
@@ -44,7 +47,8 @@ CASES = [
     (numel, dtypes, experts, groups, inner)
     for dtypes in (("BF16",), ("F32",), ("F16", "BF16", "F32"))
     for numel, experts, groups, inner in (
-        (0, 1, 1, WHOLE), (1, 1, 1, WHOLE), (1000, 0, 1, WHOLE), (4097, 2, 1, WHOLE), (5000, 5, 10, 500), (777, 3, 7, 1),
+        (0, 1, 1, WHOLE), (1, 1, 1, WHOLE), (1000, 0, 1, WHOLE), (4097, 2, 1, WHOLE), (5000, 5, 10, 500),
+        (777, 3, 7, 1),
     )
 ]  # fmt: skip
 
@@ -71,6 +75,16 @@ def _finish(total: Array, c: float, base: Array, m: int) -> None:
     for i in range(m):
         start = c * base[i]
         total[i] = start if total[i] == f32(0) else start + total[i]
+
+
+@inlined
+def _finish_bf16(total: Array, c: float, base: Array, address: int, at: int, m: int) -> None:
+    """_finish straight to memory."""
+    out = numba.carray(pointer(address + 2 * at), (m,), np.uint16)
+    for i in range(m):
+        start = c * base[i]
+        value = start if total[i] == f32(0) else start + total[i]
+        out[i] = numba.uint16(bf16_bits(as_u32(value)))
 
 
 @inlined
@@ -111,12 +125,10 @@ def _take(total: Array, c: Array, only: Array, k: int, x: Array, base: Array, at
         low = high
 
 
-@compiled(
-    numba.int64[:, ::1], numba.float32[:, ::1], numba.int64, numba.int64, numba.int64, numba.uint32[::1]
-)
+@compiled(numba.int64[:, ::1], numba.float32[:, ::1], numba.int64, numba.int64, numba.int64, numba.uint32[::1])
 def _add(spans: Array, c: Array, start: int, inner: int, numel: int, peaks: Array) -> None:
     groups, experts = len(c), len(spans) - 2
-    base, x, total = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    base, total, x = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     only = np.empty(groups, np.int64)
     for g in range(groups):
         only[g] = _only(c[g])
@@ -132,6 +144,9 @@ def _add(spans: Array, c: Array, start: int, inner: int, numel: int, peaks: Arra
                 peak = load(spans[k + 2], at, m, x)
                 _take(total, c, only, k, x, base, start + at, m, inner)
             peaks[k + 1] = max(peaks[k + 1], peak)
+        if direct and spans[0, 1] == BF16:
+            _finish_bf16(total, c[0, 0], base, spans[0, 0], at, m)
+            continue
         low = 0
         while low < m:
             high, g = _end(start + at, low, m, inner, groups), _group(start + at + low, inner, groups)
@@ -141,12 +156,13 @@ def _add(spans: Array, c: Array, start: int, inner: int, numel: int, peaks: Arra
         store(total, spans[0], at, m)
 
 
-def host(
-    out: Span, base: Span, experts: Sequence[Span], coefs: Array, start: int = 0, inner: int = WHOLE
-) -> Array:
+def host(out: Span, base: Span, experts: Sequence[Span], coefs: Array, start: int = 0, inner: int = WHOLE) -> Array:
     """Write `out`, whose first element is element `start` of the tensor; say per input (base first) what it holds."""
     coefs = np.ascontiguousarray(coefs, np.float32)
-    assert coefs.ndim == 2 and coefs.shape[1] == len(experts) + 1 and len(coefs) > 0 and inner > 0
+    assert coefs.ndim == 2
+    assert coefs.shape[1] == len(experts) + 1
+    assert len(coefs) > 0
+    assert inner > 0
     assert all(span.numel == out.numel for span in (base, *experts))
     peaks = np.zeros(len(experts) + 1, np.uint32)
     _add(table(out, base, *experts), coefs, start, inner, out.numel, peaks)

@@ -1,8 +1,8 @@
 """The L1 norms that DARE's rescaling compares: of a task vector, and of what a random mask leaves of it.
 
-An element stays if its Philox word lies below density * 2**32. The mask is a function of (seed, tensor, expert, element)
-alone, so sign_elect.py draws the same one again instead of reading it. Sums are taken per logical block of 4,096
-elements in the order that numerics.py fixes: parts, machines and devices agree to the bit.
+An element stays if its Philox word lies below density * 2**32. The mask is a function of seed, tensor, expert and
+element alone, so sign_elect.py draws the same one again instead of reading it. Sums are taken per logical block of
+4,096 elements in the order that numerics.py fixes: parts, machines and devices agree to the bit.
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ def host(
     partials: Array,
 ) -> None:
     """Write (sum |delta|, sum |kept delta|) of each block; the part begins at element `start`, a block's first."""
-    assert start % BLOCK == 0 and partials.shape == (-(-base.numel // BLOCK), 2) and base.numel == expert.numel
+    assert start % BLOCK == 0
+    assert base.numel == expert.numel
+    assert partials.shape == (-(-base.numel // BLOCK), 2)
     seed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    _norms(
-        table(base, expert), threshold(density), seed, tensor_id, expert_id, start, base.numel, partials
-    )
+    _norms(table(base, expert), threshold(density), seed, tensor_id, expert_id, start, base.numel, partials)
 
 
 def reference(

@@ -5,6 +5,7 @@ one key above infinity. Counts are integers, so parts of a tensor add up to the 
 machines. Two passes with 65,536 and 32,768 brackets find any rank exactly: see select_threshold.py.
 """
 
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from .numerics import CHUNK, Array, Span, compiled, inlined, load, magnitude, su
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SMALL = 1 << 16  # brackets up to which a second set of counts costs less than it saves
 
 CASES = [
     (numel, dtypes, low, shift, bins)
@@ -53,6 +56,12 @@ def _inside(found: Array, m: int, low: int, width: int) -> int:
 
 
 @inlined
+def _distances(found: Array, m: int, low: int, kept: Array) -> None:
+    for i in range(m):
+        kept[i] = u32(found[i] - low)
+
+
+@inlined
 def _compact(found: Array, m: int, low: int, width: int, kept: Array) -> None:
     """Distances from `low` of the keys inside; without a branch, since which ones they are is unpredictable."""
     count = 0
@@ -62,13 +71,33 @@ def _compact(found: Array, m: int, low: int, width: int, kept: Array) -> None:
         count += distance < width
 
 
-@compiled(numba.int64[:, ::1], numba.int64, numba.int64, numba.int64, numba.int64[::1])
-def _histogram(spans: Array, low: int, shift: int, numel: int, counts: Array) -> None:
+@inlined
+def _count_pairs(kept: Array, inside: int, by: int, counts: Array, second: Array) -> None:
+    for i in range(0, inside - 1, 2):
+        counts[1 + numba.uint64(u32(kept[i] >> by))] += 1
+        second[numba.uint64(u32(kept[i + 1] >> by))] += 1
+    if inside & 1:
+        counts[1 + numba.uint64(u32(kept[inside - 1] >> by))] += 1
+
+
+@inlined
+def _extend(kept: Array, inside: int, low: int, by: int, ends: Array) -> None:
+    """The smallest and the largest key of each bracket."""
+    for i in range(inside):
+        place, key = numba.uint64(u32(kept[i] >> by)), u32(kept[i] + low)
+        ends[place, 0] = min(ends[place, 0], key)
+        ends[place, 1] = max(ends[place, 1], key)
+
+
+@compiled(
+    numba.int64[:, ::1], numba.int64, numba.int64, numba.int64, numba.int64[::1], numba.uint32[:, ::1], numba.int64[::1]
+)
+def _histogram(spans: Array, low: int, shift: int, numel: int, counts: Array, ends: Array, second: Array) -> None:
+    """`second` takes every other key, so that equal neighbours need not wait for each other; it may be empty."""
     base, x = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     found, kept = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
     bins = len(counts) - 2
     first, width, by = u32(low), u32(min(bins << shift, (1 << 31) - low)), u32(shift)
-    second = np.zeros(bins, np.int64)  # every other key goes here: equal neighbours need not wait for each other
     for at in range(0, numel, CHUNK):
         m = min(CHUNK, numel - at)
         _fill(spans, at, m, x, base, found)
@@ -77,13 +106,18 @@ def _histogram(spans: Array, low: int, shift: int, numel: int, counts: Array) ->
         counts[bins + 1] += m - below - inside
         if inside == 0:
             continue
-        _compact(found, m, first, width, kept)
-        for i in range(0, inside - 1, 2):
-            counts[1 + numba.uint64(u32(kept[i] >> by))] += 1
-            second[numba.uint64(u32(kept[i + 1] >> by))] += 1
-        if inside & 1:
-            counts[1 + numba.uint64(u32(kept[inside - 1] >> by))] += 1
-    for j in range(bins):
+        if inside == m:
+            _distances(found, m, first, kept)
+        else:
+            _compact(found, m, first, width, kept)
+        if len(ends):
+            _extend(kept, inside, first, by, ends)
+        if len(second):
+            _count_pairs(kept, inside, by, counts, second)
+        else:
+            for i in range(inside):
+                counts[1 + numba.uint64(u32(kept[i] >> by))] += 1
+    for j in range(len(second)):
         counts[1 + j] += second[j]
 
 
@@ -105,15 +139,26 @@ def _equal(spans: Array, numel: int, key: int, count: Array) -> None:
 
 
 def _check(low: int, shift: int, counts: Array) -> None:
-    assert 0 <= low < 1 << 31 and 0 <= shift < 31 and counts.dtype == np.int64 and len(counts) > 2
+    assert 0 <= low < 1 << 31
+    assert 0 <= shift < 31
+    assert len(counts) > 2
+    assert counts.dtype == np.int64
     assert low + ((len(counts) - 3) << shift) < 1 << 31, "brackets beyond the largest key"
 
 
-def host(base: Span, expert: Span, low: int, shift: int, counts: Array) -> None:
-    """Add to counts: [keys < low, one count per bracket of 2**shift keys from `low` on, keys above them]."""
+def host(base: Span, expert: Span, low: int, shift: int, counts: Array, ends: Array | None = None) -> None:
+    """Add to counts: [keys < low, one count per bracket of 2**shift keys from `low` on, keys above them].
+
+    `ends`, uint32 [brackets, 2], takes the smallest and the largest key of each bracket. Task vectors of 16-bit
+    checkpoints have few different magnitudes: a wide bracket that holds a single one is known to the key.
+    """
     _check(low, shift, counts)
     assert base.numel == expert.numel
-    _histogram(table(base, expert), low, shift, base.numel, counts)
+    bins = len(counts) - 2
+    second = np.zeros(bins if bins <= SMALL else 0, np.int64)
+    ends = np.empty((0, 2), np.uint32) if ends is None else ends
+    assert len(ends) in (0, bins)
+    _histogram(table(base, expert), low, shift, base.numel, counts, ends, second)
 
 
 def keys(base: Span, expert: Span, out: Array) -> None:
@@ -129,7 +174,9 @@ def count_equal(base: Span, expert: Span, key: int) -> int:
     return int(count[0])
 
 
-def reference(base: Tensor, expert: Tensor, low: int, shift: int, counts: Array) -> None:
+def reference(
+    base: Tensor, expert: Tensor, low: int, shift: int, counts: Array, ends: Array | None = None
+) -> None:
     import torch
 
     from . import reference as truth
@@ -138,6 +185,12 @@ def reference(base: Tensor, expert: Tensor, low: int, shift: int, counts: Array)
     key = truth.magnitude(expert.float() - base.float())
     place = torch.where(key < low, 0, (1 + ((key - low) >> shift)).clamp(max=bins + 1))
     counts += torch.bincount(place, minlength=bins + 2).cpu().numpy()
+    if ends is not None:
+        where = place.cpu().numpy() - 1
+        inside = (where >= 0) & (where < bins)
+        found = key.cpu().numpy()[inside].astype(np.uint32)
+        np.minimum.at(ends[:, 0], where[inside], found)
+        np.maximum.at(ends[:, 1], where[inside], found)
 
 
 def inputs(
@@ -146,7 +199,8 @@ def inputs(
     from . import reference as truth
 
     _, base, expert = truth.tensors(numel, dtypes, 3, device, seed)
-    return base, expert, low, shift, np.zeros(bins + 2, np.int64)
+    ends = np.tile(np.array([[1 << 31, 0]], np.uint32), (bins, 1)) if shift % 2 else None
+    return base, expert, low, shift, np.zeros(bins + 2, np.int64), ends
 
 
 def bytes_moved(base: Any, expert: Any, *rest: Any) -> int:

@@ -1,9 +1,9 @@
 """Inner products of all pairs of inputs (or of inputs minus a base): norms, cosines, Gram matrices.
 
-Values are fp32 (a difference is rounded to fp32), products are fp64 and hence exact, sums are fp64 in a fixed order: per
-logical block as numerics.py says, or, in `columns`, one row after the other. Entries are the upper triangle, i <= j, row by
-row. A block is 4,096 elements, or a row's length for what is needed per row. Parts that begin at a multiple of the
-block give the same bits as the whole.
+Values are fp32 (a difference is rounded to fp32), products are fp64 and hence exact, sums are fp64 in a fixed order:
+per logical block as numerics.py says, or, in `columns`, one row after the other. Entries are the upper triangle,
+i <= j, row by row. A block is 4,096 elements, or a row's length for what is needed per row. Parts that begin at a
+multiple of the block give the same bits as the whole.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def host(inputs: Sequence[Span], base: Span | None, block: int, partials: Array)
 
 def columns(inputs: Sequence[Span], base: Span | None, ncols: int, sums: Array) -> None:
     """Add the Gram entries of each column, over whole rows in their order, to sums[ncols, pairs]."""
-    assert sums.shape == (ncols, len(inputs) * (len(inputs) + 1) // 2) and inputs[0].numel % ncols == 0
+    assert sums.shape == (ncols, len(inputs) * (len(inputs) + 1) // 2)
+    assert inputs[0].numel % ncols == 0
     _columns(_table(inputs, base), inputs[0].numel, sums)
 
 

@@ -13,13 +13,16 @@ How to write a loop that LLVM vectorises (checked in fn.inspect_asm(); the diffe
   - every intermediate of a 32-bit computation is cast back with u32(): numba widens integer results to 64 bits;
   - error_model="numpy": a division that may raise is a branch;
   - chunks of 512: all rows of a kernel stay in the first-level cache. Larger ones lose a tenth, prefetch gains nothing.
+  - rows that one loop reads and writes do not lie 4 KiB apart (neighbours in allocation): addresses that agree in
+    their last 12 bits delay loads behind stores.
 No fastmath anywhere: LLVM may then neither reorder a sum nor contract a*b + c.
 """
 
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -89,18 +92,21 @@ def compiled(*signature: Any) -> Callable[[F], F]:
     return build
 
 
-@intrinsic  # type: ignore[misc]
+emitted: Callable[[Any], Any] = intrinsic  # a function whose LLVM code is given
+
+
+@emitted
 def pointer(context: Any, address: Any) -> Any:
     """An integer as an address, for numba.carray."""
     return types.voidptr(types.int64), lambda c, b, s, args: b.inttoptr(args[0], cgutils.voidptr_t)
 
 
-@intrinsic  # type: ignore[misc]
+@emitted
 def as_f32(context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), lambda c, b, s, args: b.bitcast(args[0], ir.FloatType())
 
 
-@intrinsic  # type: ignore[misc]
+@emitted
 def as_u32(context: Any, value: Any) -> Any:
     return types.uint32(types.float32), lambda c, b, s, args: b.bitcast(args[0], ir.IntType(32))
 
@@ -284,7 +290,7 @@ def subtract(row: Array, base: Array, m: int) -> None:
 
 @inlined
 def philox(words: Array, first: int, blocks: int, seed: int, tensor_id: int, stream: int) -> None:
-    """The words of elements 4*first ... 4*(first + blocks) - 1: counter (index >> 2, tensor, stream), word index & 3."""
+    """Words of elements 4*first to 4*(first + blocks) - 1: word index & 3 of counter (index >> 2, tensor, stream)."""
     low, high = u32(seed & 0xFFFFFFFF), u32((seed >> 32) & 0xFFFFFFFF)
     for j in range(blocks):
         q = u64(u64(first) + u64(j))
@@ -303,7 +309,7 @@ def threshold(density: float) -> int:
     return min(max(round(density * 2.0**32), 0), 1 << 32)
 
 
-# --- sums in a fixed order: lane l of a block takes elements l, l + 128, ... in turn; the lanes are folded by halves ---
+# --- sums in a fixed order: lane l of a block takes elements l, l + 128, ... in turn; lanes are folded by halves ---
 
 
 @inlined
@@ -313,9 +319,4 @@ def fold(lanes: Array) -> float:
         for i in range(half):
             lanes[i] += lanes[i + half]
         half //= 2
-    return lanes[0]  # type: ignore[no-any-return]
-
-
-def blocks_of(numel: int, block: int) -> Sequence[tuple[int, int]]:
-    """[start, stop) of the logical blocks."""
-    return [(at, min(at + block, numel)) for at in range(0, numel, block)]
+    return lanes[0]

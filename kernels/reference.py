@@ -1,4 +1,4 @@
-"""What the references share: torch's side of numerics.py, written for clearness. Imported by references and tests only."""
+"""What the references share: torch's side of numerics.py. Imported inside references, and by tests."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ def tensors(
 
 
 def span(tensor: torch.Tensor) -> Span:
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    """The tensor's memory; the caller keeps the tensor."""
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
     return Span(tensor.data_ptr(), NAMES[tensor.dtype], tensor.numel())
 
 
@@ -122,7 +124,5 @@ def spans(value: Any) -> Any:
 
 def nbytes(*tensors: Any) -> int:
     """Of tensors or spans."""
-    sizes = [
-        ITEMSIZE[t.dtype] * t.numel if isinstance(t, Span) else t.numel() * t.element_size() for t in tensors
-    ]
+    sizes = [ITEMSIZE[t.dtype] * t.numel if isinstance(t, Span) else t.numel() * t.element_size() for t in tensors]
     return sum(sizes)

@@ -45,14 +45,15 @@ class Found(NamedTuple):
 WHOLE = Bracket(0, 15, 1 << 16)
 
 
-def narrow(bracket: Bracket, counts: Array, rank: int) -> Bracket | Found:
-    """The bracket to look into next, or the key itself."""
-    ends = np.cumsum(counts)
-    place = int(np.searchsorted(ends, rank, side="right"))
-    assert 1 <= place <= bracket.bins, f"rank {rank} of {int(ends[-1])} lies outside the bracket"
+def narrow(bracket: Bracket, counts: Array, rank: int, ends: Array | None = None) -> Bracket | Found:
+    """The bracket to look into next, or the key itself; `ends` are the smallest and largest keys of each range."""
+    sums = np.cumsum(counts)
+    place = int(np.searchsorted(sums, rank, side="right"))
+    assert 1 <= place <= bracket.bins, f"rank {rank} of {int(sums[-1])} lies outside the bracket"
     low = bracket.low + ((place - 1) << bracket.shift)
-    if bracket.shift == 0:
-        return Found(low, int(ends[place - 1]), int(counts[place]))
+    if bracket.shift == 0 or (ends is not None and ends[place - 1, 0] == ends[place - 1, 1]):
+        key = low if ends is None or bracket.shift == 0 else int(ends[place - 1, 0])
+        return Found(key, int(sums[place - 1]), int(counts[place]))
     width = min(bracket.shift, 16)
     return Bracket(low, bracket.shift - width, 1 << width)
 

@@ -5,15 +5,16 @@
 
 Kept: inside expert k's bounds on the magnitude (trims) and not dropped by its random mask (drop). Counted: all; with
 `elect` those whose sign is the majority's, which is + where sum_k v_k >= 0 and - elsewhere (a zero is never counted).
-Divisor: 1, or with `normalize` the sum of the weights counted (0 -> 1); without `elect` the sum of all (|.| < 1e-8 -> 1).
-Where the numerator is 0 the result is the base, to the bit. An expert whose NaN loses the election leaves no trace
-in the result; the flags tell.
+Divisor: 1, or with `normalize` the sum of the weights counted (0 -> 1); without `elect` the sum of all weights
+(below 1e-8 in magnitude -> 1). Where the numerator is 0 the result is the base, to the bit. An expert whose NaN loses
+the election leaves no trace in the result; the flags tell.
 
 Bounds are (L, L_first, L_last, U, U_first, U_last), keys as in magnitude_histogram.py: kept are keys between L and U,
-and of the keys that equal a bound those whose rank among their equals, in index order, lies in [first, last) of it. Ties
-are rare: a chunk whose ties fall all on one side is done without looking at them one by one.
+and of the keys that equal a bound those whose rank among their equals, in index order, lies in [first, last) of it.
+Ties are rare: a chunk whose ties fall all on one side is done without looking at them one by one.
 """
 
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -55,13 +56,12 @@ CASES = [
 
 
 class Drop(NamedTuple):
-    """Random masks: expert k keeps a share `density`; rescale multiplies what it keeps.
+    """Random masks: expert k keeps a share `density`.
 
     `start` is the tensor's element at which the part begins; `expert_ids` name the random streams.
     """
 
     density: float | Array
-    rescale: Array
     seed: int
     tensor_id: int
     expert_ids: Sequence[int]
@@ -222,7 +222,7 @@ def _merge(
             store(total, spans[0], at, m)
 
 
-def _total(weights: Array) -> np.float32:
+def _total(weights: Array) -> Any:
     """The divisor without an election: the weights' sum in fp32, one after the other."""
     total = np.float32(0)
     for weight in weights:
@@ -230,11 +230,10 @@ def _total(weights: Array) -> np.float32:
     return np.float32(1) if abs(total) < 1e-8 else total
 
 
-def _factors(weights: Array, drop: Drop | None, rescale: Array | None) -> Array:
+def _factors(weights: Array, rescale: Array | None) -> Array:
     """fp32 w_k * rescale_k, the product taken in fp64."""
-    if rescale is None:
-        rescale = np.ones(len(weights)) if drop is None else np.asarray(drop.rescale, np.float64)
-    return (weights.astype(np.float64) * rescale).astype(np.float32)
+    wide = weights.astype(np.float64)
+    return (wide if rescale is None else wide * np.asarray(rescale, np.float64)).astype(np.float32)
 
 
 def _masks(drop: Drop | None, experts: int) -> tuple[Array, Array]:
@@ -251,33 +250,33 @@ def host(
     base: Span,
     experts: Sequence[Span],
     weights: Array,
+    rescale: Array | None,
     scale: float,
     normalize: bool,
     elect: bool,
     trims: Array | None,
     ranks: Array | None,
     drop: Drop | None,
-    rescale: Array | None = None,
 ) -> Array:
-    """Write `out`; say per input (base first) whether it is finite. `ranks` (rank at L, at U; zeros if None) is read."""
+    """Write `out`; say per input (base first) what it holds. `ranks` (at L and U; zeros if None) is only read."""
     count = len(experts)
     weights = np.ascontiguousarray(weights, np.float32)
-    assert len(weights) == count and all(span.numel == out.numel for span in (base, *experts))
+    assert len(weights) == count
+    assert all(span.numel == out.numel for span in (base, *experts))
     bounds = np.empty((0, 6), np.int64) if trims is None else np.ascontiguousarray(trims, np.int64)
     begun = np.zeros((count, 2), np.int64) if ranks is None else np.array(ranks, np.int64)
-    assert bounds.shape in ((0, 6), (count, 6)) and begun.shape == (count, 2)
-    factors = np.ascontiguousarray(np.stack([_factors(weights, drop, rescale), weights], 1))
+    assert bounds.shape in ((0, 6), (count, 6))
+    assert begun.shape == (count, 2)
+    factors = np.ascontiguousarray(np.stack([_factors(weights, rescale), weights], 1))
     masks, stream = _masks(drop, count)
     peaks = np.zeros(count + 1, np.uint32)
     spans = table(out, base, *experts)
     fixed = _total(weights)
-    _merge(
-        spans, factors, bounds, begun, masks, stream, normalize, elect, fixed, np.float32(scale), out.numel, peaks
-    )
+    _merge(spans, factors, bounds, begun, masks, stream, normalize, elect, fixed, np.float32(scale), out.numel, peaks)
     return flags(peaks)
 
 
-def _kept(key: Tensor, trim: Array, rank: Array) -> Tensor:
+def _kept(key: Tensor, trim: Array, rank: Any) -> Tensor:
     """Where a key lies within its bounds."""
     low, low_first, low_last, high, high_first, high_last = (int(t) for t in trim)
     is_low, is_high = key == low, key == high
@@ -291,13 +290,13 @@ def reference(
     base: Tensor,
     experts: Sequence[Tensor],
     weights: Array,
+    rescale: Array | None,
     scale: float,
     normalize: bool,
     elect: bool,
     trims: Array | None,
     ranks: Array | None,
     drop: Drop | None,
-    rescale: Array | None = None,
 ) -> Array:
     """The same in torch."""
     import torch
@@ -305,7 +304,7 @@ def reference(
     from . import reference as truth
 
     weights = np.asarray(weights, np.float32)
-    factors, (masks, _) = _factors(weights, drop, rescale), _masks(drop, len(experts))
+    factors, (masks, _) = _factors(weights, rescale), _masks(drop, len(experts))
     b, votes = base.float(), []
     for k, expert in enumerate(experts):
         delta = expert.float() - b
@@ -350,15 +349,17 @@ def inputs(
     out, base, *others = truth.tensors(numel, dtypes, experts + 2, device, seed)
     random = np.random.default_rng(seed)
     weights = random.normal(1, 0.5, experts).astype(np.float32)
-    trims = ranks = drop = None
+    trims = ranks = drop = rescale = None
     if trimmed:
-        low, high = np.float32([0.05, 0.2]).view(np.int32)
+        low, high = np.array([0.05, 0.2], np.float32).view(np.int32)
         trims = np.array([(low, 0, 2, high, 1, 3)] * experts, np.int64)
         ranks = np.array([(1, 0)] * experts, np.int64)
     if dropped:
         density = random.uniform(0.2, 1, experts)
-        drop = Drop(density, random.uniform(1, 3, experts), 2026 + seed, 0xDEADBEEF, list(range(experts)), 5)
-    return out, base, others, weights, 0.7, normalize, elect, trims, ranks, drop
+        drop = Drop(density, 2026 + seed, 0xDEADBEEF, list(range(experts)), 5)
+    if trimmed or dropped:
+        rescale = random.uniform(1, 3, experts)
+    return out, base, others, weights, rescale, 0.7, normalize, elect, trims, ranks, drop
 
 
 def bytes_moved(out: Any, base: Any, experts: Sequence[Any], *rest: Any) -> int:

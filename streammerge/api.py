@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -364,8 +363,8 @@ def _check_partial(partial: Path, made: Plan, resume: bool) -> None:
     if not partial.exists():
         return
     if not resume:
-        shutil.rmtree(partial)
-    elif journal.read(partial).digest != made.digest:
+        journal.discard(partial)
+    elif not journal.is_blank(partial) and journal.read(partial).digest != made.digest:
         raise OutputExists(
             f"{partial}: holds unfinished work of another recipe, other inputs or another version; "
             "--no-resume discards it"

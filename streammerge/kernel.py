@@ -1,7 +1,7 @@
 """Kernels by name: compiled loops on the CPU, Triton on a GPU, and never one in place of the other.
 
-A kernel is a file kernels/<name>.py with `host`, `reference`, `inputs`, `CASES`, `bytes_moved` and, where there is a GPU
-version, `launch`; nothing is registered. Importing one compiles it, or loads what an earlier process compiled.
+A kernel is a file kernels/<name>.py with `host`, `reference`, `inputs`, `CASES`, `bytes_moved` and, where there is a
+GPU version, `launch`; nothing is registered. Importing one compiles it, or loads what an earlier process compiled.
 """
 
 from __future__ import annotations

@@ -36,6 +36,9 @@ Flags: TypeAlias = npt.NDArray[
 PerExpert: TypeAlias = float | tuple[float, ...]  # a parameter with one value for each expert, or one for all
 BLOCK = 4096  # elements of a logical block: reductions are taken per block, so that no cut changes a bit
 
+SAMPLE = 1 << 20  # elements that a survey is shown first, in slices spread over the tensor
+SLICES = 128  # of a sample: rows of an embedding differ, so a few long runs would mislead
+
 REQUIRED: Any = MISSING
 
 

@@ -90,3 +90,37 @@ def checkpoint(
 def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
     index = {"metadata": {"total_size": 0}, "weight_map": dict(weight_map)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def sparse(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], lead: int = 0) -> Path:
+    """A file of zeros that takes no room on the disk; `lead` spaces before the data put it off its alignment."""
+    widths = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1}
+    table: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        size = widths[dtype] * int(np.prod(shape, dtype=np.int64))
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(table)
+    text += " " * (-len(text) % 8 + lead)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(raw_file(text))
+        file.truncate(file.tell() + end)
+    return path
+
+
+def recipe(path: Path, method: str, models: list[Path], base: Path | None = None, **parameters: Any) -> Path:
+    """A recipe file; per-model parameters are lists."""
+    rows = []
+    for at, model in enumerate(models):
+        own = {key: value[at] for key, value in parameters.items() if isinstance(value, list)}
+        rows.append({"model": str(model), **({"parameters": own} if own else {})})
+    common = {key: value for key, value in parameters.items() if not isinstance(value, list)}
+    body: dict[str, Any] = {"merge_method": method, "models": rows}
+    if base is not None:
+        body["base_model"] = str(base)
+    if common:
+        body["parameters"] = common
+    path.write_text(json.dumps(body))  # JSON is YAML
+    return path

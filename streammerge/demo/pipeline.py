@@ -29,9 +29,9 @@ from streammerge.demo.stages import Facts, Stages, write_json
 from streammerge.errors import StreamMergeError
 
 ARCHITECTURE = train.Architecture()
-BASE = train.Schedule(steps=240, matrix_rate=0.02, other_rate=3e-3)
-EXPERT = train.Schedule(steps=60, matrix_rate=0.01, other_rate=1e-3, seed=1)
-PROMPT = b"import os\n\ndef read_all(path):\n    with open("
+BASE = train.Schedule(steps=340, matrix_rate=0.02, other_rate=3e-3)
+EXPERT = train.Schedule(steps=90, matrix_rate=0.004, other_rate=5e-4, seed=1)
+PROMPT = b"If the argument is not a string, "
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Demo:
         """A prompt continued by the best merge."""
         model = train.load_model(self.stages.folder / str(best["folder"]))
         text = PROMPT + evaluate.continue_prompt(model, PROMPT)
-        return {"prompt": PROMPT.decode(), "text": text.decode("utf-8", "replace")}
+        return {"prompt": PROMPT.decode(), "text": show.printable(text.decode("utf-8", "replace"))}
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[list[str]]:

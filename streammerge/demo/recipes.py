@@ -45,8 +45,8 @@ def nuslerp(experts: Sequence[str]) -> Recipe:
 
 
 def task_arithmetic(experts: Sequence[str]) -> Recipe:
-    """The base plus half of every task vector."""
-    return _on_base("task_arithmetic", experts, weight=0.5)
+    """The base plus two fifths of every task vector."""
+    return _on_base("task_arithmetic", experts, weight=0.4)
 
 
 def ties(experts: Sequence[str]) -> Recipe:
@@ -56,17 +56,17 @@ def ties(experts: Sequence[str]) -> Recipe:
 
 def dare_linear(experts: Sequence[str]) -> Recipe:
     """A random half of every task vector, doubled."""
-    return _on_base("dare_linear", experts, weight=0.5, density=0.5)
+    return _on_base("dare_linear", experts, weight=0.4, density=0.5)
 
 
 def dare_ties(experts: Sequence[str]) -> Recipe:
     """A random half, where signs agree."""
-    return _on_base("dare_ties", experts, weight=0.5, density=0.5)
+    return _on_base("dare_ties", experts, weight=0.4, density=0.5)
 
 
 def breadcrumbs(experts: Sequence[str]) -> Recipe:
     """Every task vector without its smallest tenth and its largest hundredth."""
-    return _on_base("breadcrumbs", experts, weight=0.5, density=0.9, gamma=0.01)
+    return _on_base("breadcrumbs", experts, weight=0.4, density=0.9, gamma=0.01)
 
 
 def model_stock(experts: Sequence[str]) -> Recipe:

@@ -40,9 +40,15 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def printable(text: str) -> str:
+    """Text without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
 def table(rows: Sequence[Row], domains: Sequence[str], best: str) -> Table:
     """Bits per byte on held-out text; the best merge carries a star."""
     drawn = Table(title="bits per byte on held-out text (lower is better)", title_justify="left")
+    drawn.caption = "peak: the merge's process; seconds: of training or merging"
     drawn.add_column("model", no_wrap=True)
     for name in (*domains, "mean", "peak MiB", "seconds"):
         drawn.add_column(name, justify="right", no_wrap=True)
@@ -60,7 +66,7 @@ def _cells(row: Row, domains: Sequence[str], chosen: bool) -> list[str]:
         *(f"{row['bits'][domain]:.3f}" for domain in domains),
         f"{row['mean']:.3f}",
         "" if peak is None else f"{peak / MIB:.0f}",
-        f"{row['seconds']:.1f}",
+        f"{row['seconds']:.2f}" if row["seconds"] < 10 else f"{row['seconds']:.0f}",
     ]
 
 

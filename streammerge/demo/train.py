@@ -26,12 +26,12 @@ SHARD_SIZE = "3MB"  # two or more shards, as large models have
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of the network; the defaults make about three million weights."""
+    """Sizes of the network; the defaults make two million weights."""
 
-    hidden: int = 256
+    hidden: int = 192
     layers: int = 4
     heads: int = 4
-    intermediate: int = 640
+    intermediate: int = 576
     positions: int = 512  # the longest text it is told about
 
 
@@ -42,7 +42,7 @@ class Schedule:
     steps: int
     matrix_rate: float  # the highest learning rate of the layers' matrices (Muon)
     other_rate: float  # and of all other weights (AdamW)
-    batch: int = 8
+    batch: int = 4
     window: int = 256  # bytes
     warmup: int = 20  # steps
     seed: int = 0

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ class Loaded:
     step: Step
     slot: Slot
     reads: list[Future[None]]
+    moved: set[int] = field(default_factory=set)  # offsets whose bytes were moved onto their alignment
 
     def bytes_at(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
         """Bytes of the slot as an array; valid until the slot is given back."""

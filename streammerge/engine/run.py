@@ -262,7 +262,9 @@ class Run:
         width = max(1, DTYPES[dtype].bits // 8)
         address = loaded.slot.address + offset
         if address % width and numel:
-            ctypes.memmove(address - address % width, address, numel * width)
+            if offset not in loaded.moved:
+                ctypes.memmove(address - address % width, address, numel * width)
+                loaded.moved.add(offset)
             address -= address % width
         return Span(address, dtype if DTYPES[dtype].bits >= 8 else "U8", numel)
 

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from streammerge import kernel
 from streammerge.formats.dtypes import DTYPES
 from streammerge.kernels.numerics import Span
-from streammerge.method import Flags, Survey, Tile, TileMethod
+from streammerge.method import SAMPLE, SLICES, Flags, Survey, Tile, TileMethod
 
 T = TypeVar("T")
 PART = 1 << 18  # elements that a thread takes at once, at least: work that outweighs handing it over
@@ -60,26 +61,24 @@ def look(crew: Crew, method: TileMethod, survey: Survey, tiles: Iterable[Tile]) 
 def settle_in_memory(crew: Crew, method: TileMethod, survey: Survey, tiles: Sequence[Tile]) -> None:
     """Settle a survey of a tensor that is resident whole."""
     if survey.wants_sample:
-        survey.sample(_sample(method, tiles))
+        survey.sample(_sample(tiles))
     for _ in range(ROUNDS):
         if survey.settle(list(look(crew, method, survey, tiles))):
             return
     raise AssertionError(f"{type(survey).__name__} did not settle in {ROUNDS} rounds")
 
 
-def _sample(method: TileMethod, tiles: Sequence[Tile]) -> list[Tile]:
-    """Slices spread evenly over resident tiles: all of a small tensor, about a million elements of a large one."""
+def _sample(tiles: Sequence[Tile]) -> list[Tile]:
+    """Slices spread evenly over resident tiles; all of a small tensor."""
     total = sum(tile.numel for tile in tiles)
-    if total <= 1 << 20:
+    if total <= SAMPLE:
         return list(tiles)
-    share = (1 << 20) / total
     picked = []
     for tile in tiles:
-        pieces = max(1, round(16 / len(tiles)))
-        size = max(1, int(tile.numel * share / pieces))
-        for piece in range(pieces):
-            first = piece * (tile.numel - size) // max(1, pieces - 1) if pieces > 1 else 0
-            picked.append(tile.part(first, first + size))
+        slices = max(2, SLICES * tile.numel // total)
+        size = min(tile.numel, SAMPLE * tile.numel // total) // slices
+        starts = (at * (tile.numel - size) // (slices - 1) for at in range(slices))
+        picked += [tile.part(start, start + size) for start in starts]
     return picked
 
 
@@ -94,8 +93,8 @@ class Merger:
 
     def merge(self, tile: Tile) -> None:
         """Write one tile's result to `tile.out`. Tiles of a tensor come in order."""
-        if self.equal and _copy_equal(tile):
-            self._note(np.zeros(len(tile.experts) + (tile.base is not None), np.uint8))
+        if self.equal and _are_equal(tile):
+            self._copy(tile)
             self._count([tile])
             return
         self.equal = False
@@ -103,6 +102,18 @@ class Merger:
         self._count(parts)
         for flags in self._crew.each(lambda part: self._method.merge(part, self._survey), parts):
             self._note(flags)
+
+    def _copy(self, tile: Tile) -> None:
+        """Copy one input's bytes, and look at them once for NaN and infinities."""
+        assert tile.out is not None
+        inputs = len(tile.experts) + (tile.base is not None)
+        if DTYPES[tile.out.dtype].floating:
+            identity = np.ones((1, 1), np.float32)
+            for flag in self._crew.each(
+                lambda part: kernel.run("add_deltas", part.out, part.anchor, (), identity), self._crew.cut(self._method, tile)
+            ):
+                self._note(np.repeat(flag, inputs))
+        ctypes.memmove(tile.out.address, tile.anchor.address, tile.numel * DTYPES[tile.out.dtype].bits // 8)
 
     def _count(self, parts: Sequence[Tile]) -> None:
         """Give every part the ranks of what lies before it."""
@@ -117,25 +128,20 @@ class Merger:
         self.flags = flags if self.flags is None else np.maximum(self.flags, flags)
 
 
-def _copy_equal(tile: Tile) -> bool:
-    """Copy a tile whose inputs are all the same bytes in the output's dtype; False if they are not."""
+def _are_equal(tile: Tile) -> bool:
+    """Whether all inputs of a tile are the same bytes, in the output's dtype."""
     inputs = (*(() if tile.base is None else (tile.base,)), *tile.experts)
     assert tile.out is not None
-    size = tile.numel * DTYPES[tile.out.dtype].bits // 8
     if any(span.dtype != tile.out.dtype for span in inputs):
         return False
+    size = tile.numel * DTYPES[tile.out.dtype].bits // 8
     first = as_bytes(inputs[0], size)
-    if any(
-        span.address != inputs[0].address and not _equal(first, as_bytes(span, size)) for span in inputs[1:]
-    ):
-        return False
-    ctypes.memmove(tile.out.address, inputs[0].address, size)
-    return True
+    return all(span.address == inputs[0].address or _equal(first, as_bytes(span, size)) for span in inputs[1:])
 
 
 def _equal(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
     """Compares piece by piece: different tensors differ at once."""
-    step = 1 << 20
+    step = 1 << 16
     return all(np.array_equal(one[at : at + step], other[at : at + step]) for at in range(0, one.size, step))
 
 

@@ -10,17 +10,19 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from streammerge import kernel
 from streammerge.kernels.select_threshold import Bracket, Found, drop_largest, keep_largest, narrow
-from streammerge.method import BLOCK, Survey, Tile
+from streammerge.method import BLOCK, SAMPLE, Survey, Tile
 
+Histogram: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]  # counts, smallest and largest keys
 TOP = 1 << 31  # one above every key of magnitude
 HISTOGRAMS = 32 << 20  # bytes that all histograms of a survey may hold
+BIN = 16  # bytes of a bin: its count, its smallest and its largest key
 COPIES = 4  # threads that count at once; more wait, rather than each hold a histogram
 SPREAD = 8.0  # how far, in standard deviations of a sampled rank, a first bracket reaches to both sides
 
@@ -77,14 +79,15 @@ class Window:
 
 def _bins(numel: int, windows: Sequence[Window]) -> int:
     wanted = max(1, sum(len(window.ranks()) for window in windows))
-    room = HISTOGRAMS // (8 * wanted * COPIES)
+    room = HISTOGRAMS // (BIN * wanted * COPIES)
     return 1 << max(8, min(20, room.bit_length() - 1, max(1, numel).bit_length()))
 
 
 def histogram_bytes(numel: int, windows: Sequence[Window], threads: int) -> int:
     """What a TrimSurvey holds at most: histograms, and before them the keys of its sample."""
     wanted = sum(len(window.ranks()) for window in windows)
-    return max(min(threads, COPIES) * wanted * (_bins(numel, windows) + 2) * 8, 8 * min(numel, 1 << 22))
+    bins = _bins(numel, windows) + 2
+    return max(min(threads, COPIES) * wanted * bins * BIN + 2 * 8 * bins, 8 * min(numel, SAMPLE))
 
 
 class TrimSurvey(Survey):
@@ -106,7 +109,7 @@ class TrimSurvey(Survey):
         for expert, window in enumerate(self._windows):
             for rank in window.ranks():
                 self._open[expert, rank] = self._bracket(0, TOP)
-        self._idle: list[dict[tuple[int, int], npt.NDArray[np.int64]]] = []
+        self._idle: list[dict[tuple[int, int], Histogram]] = []
         self._lock = threading.Lock()
         self._copies = threading.Semaphore(COPIES)
         self._norms = rescale
@@ -143,20 +146,19 @@ class TrimSurvey(Survey):
             return self._magnitudes(tile)
         with self._copies:
             with self._lock:
-                counts = self._idle.pop() if self._idle else {key: b.empty() for key, b in self._open.items()}
+                mine = self._idle.pop() if self._idle else {key: _histogram(b) for key, b in self._open.items()}
             for (expert, rank), bracket in self._open.items():
-                where = (bracket.low, bracket.shift, counts[expert, rank])
+                where = (bracket.low, bracket.shift, *mine[expert, rank])
                 kernel.run("magnitude_histogram", tile.base, tile.experts[expert], *where)
             with self._lock:
-                self._idle.append(counts)
+                self._idle.append(mine)
         return None
 
     def settle(self, partials: Sequence[Any]) -> bool:
         if not self._open:
             return self._settle_norms(partials)
         for key, bracket in list(self._open.items()):
-            counts = np.sum([counts[key] for counts in self._idle], axis=0)
-            answer = self._answer(bracket, counts, key[1])
+            answer = self._answer(bracket, _added([mine[key] for mine in self._idle]), key[1])
             if isinstance(answer, Found):
                 self._found[key] = answer
                 del self._open[key]
@@ -170,29 +172,22 @@ class TrimSurvey(Survey):
             self.trims[expert] = window.bounds(mine)
         return not self._norms
 
-    def _answer(self, bracket: Bracket, counts: npt.NDArray[np.int64], rank: int) -> Bracket | Found:
+    def _answer(self, bracket: Bracket, found: Histogram, rank: int) -> Bracket | Found:
         """What one round's counts say about a rank."""
+        counts, ends = found
         end = bracket.low + (bracket.bins << bracket.shift)
         if rank < counts[0]:
             return self._bracket(0, bracket.low)
         if rank >= counts[:-1].sum():
             return self._bracket(end, TOP)
-        return narrow(bracket, counts, rank)
+        return narrow(bracket, counts, rank, ends)
 
     def _magnitudes(self, tile: Tile) -> npt.NDArray[np.float64]:
         """[blocks, experts, 2] sums of all magnitudes, and of those strictly within each window's bounds."""
         sums = np.empty((-(-tile.numel // BLOCK), len(self._windows), 2))
         for expert, trim in enumerate(self.trims):
             partials = np.empty((sums.shape[0], 2))
-            kernel.call(
-                "magnitude_histogram",
-                "norms",
-                tile.base,
-                tile.experts[expert],
-                int(trim[0]),
-                int(trim[3]),
-                partials,
-            )
+            kernel.run("window_norms", tile.base, tile.experts[expert], int(trim[0]), int(trim[3]), partials)
             sums[:, expert] = partials
         return sums
 
@@ -234,6 +229,20 @@ class TrimSurvey(Survey):
                 if part != found.equal or low == high:
                     return True
         return False
+
+
+def _histogram(bracket: Bracket) -> Histogram:
+    return bracket.empty(), np.tile(np.array([[TOP, 0]], np.uint32), (bracket.bins, 1))
+
+
+def _added(several: Sequence[Histogram]) -> Histogram:
+    """One histogram out of those of several threads, in the first one's memory."""
+    counts, ends = several[0]
+    for more, others in several[1:]:
+        counts += more
+        np.minimum(ends[:, 0], others[:, 0], out=ends[:, 0])
+        np.maximum(ends[:, 1], others[:, 1], out=ends[:, 1])
+    return counts, ends
 
 
 def _keys(tile: Tile, expert: int) -> npt.NDArray[np.uint32]:

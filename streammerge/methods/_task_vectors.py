@@ -48,7 +48,7 @@ class TaskVectors(TileMethod):
 class Trimmed(TaskVectors):
     """Keeps elements by the rank of their magnitude within the tensor; ties go by index."""
 
-    kernels = ("magnitude_histogram", "sign_elect")
+    kernels = ("magnitude_histogram", "window_norms", "sign_elect")
 
     def windows(self, numel: int, experts: int) -> list[Window]:
         """Which ranks of magnitude each expert keeps."""
@@ -80,13 +80,13 @@ class Trimmed(TaskVectors):
             tile.base,
             tile.experts,
             weights,
+            rescale,
             self.lambda_,
             self.normalize,
             self.elects,
             trims,
             tile.ranks,
             None,
-            rescale,
         )
         return flags
 
@@ -126,11 +126,12 @@ class Dropped(TaskVectors):
             tile.base,
             tile.experts,
             spread(self.weight, experts).astype(np.float32),
+            rescale,
             self.lambda_,
             self.normalize,
             self.elects,
             None,
             None,
-            Drop(self.kept(experts), rescale, tile.seed, tile.tensor_id, range(experts), tile.start),
+            Drop(self.kept(experts), tile.seed, tile.tensor_id, range(experts), tile.start),
         )
         return flags

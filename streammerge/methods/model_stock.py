@@ -56,7 +56,8 @@ class ModelStock(TileMethod):
         gram[:, rows, columns] = sums
         norms = np.sqrt(np.einsum("gkk->gk", gram))
         i, j = np.triu_indices(experts, 1)
-        cosines = np.clip(gram[:, i, j] / np.maximum(norms[:, i] * norms[:, j], 1e-6), -1.0, 1.0)
+        with np.errstate(invalid="ignore"):  # rows with NaN or infinities in them have no angle
+            cosines = np.clip(gram[:, i, j] / np.maximum(norms[:, i] * norms[:, j], 1e-6), -1.0, 1.0)
         cosine = cosines.mean(1)
         below = 1 + (experts - 1) * cosine
         singular = np.abs(below) < 1e-6

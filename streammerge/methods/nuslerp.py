@@ -85,8 +85,9 @@ class Nuslerp(TileMethod):
         first, second = spread(self.weight, 2)
         t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
         norms = np.maximum(np.sqrt(sums[:, [0, 2]]), 1e-7)
-        cosine = np.clip(sums[:, 1] / (norms[:, 0] * norms[:, 1]), -1.0, 1.0)
-        straight = 1 - cosine**2 <= 1e-16
+        with np.errstate(invalid="ignore"):  # rows with NaN or infinities in them have no angle
+            cosine = np.clip(sums[:, 1] / (norms[:, 0] * norms[:, 1]), -1.0, 1.0)
+            straight = ~(1 - cosine**2 > 1e-16)
         theta = np.arccos(np.where(straight, 0.0, cosine))
         sine = np.where(straight, 1.0, np.sin(theta))
         a = np.where(straight, 1 - t, np.sin((1 - t) * theta) / sine)

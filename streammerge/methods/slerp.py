@@ -8,6 +8,7 @@ a is the base. Where |c| > 0.9995 the two are mixed linearly. Norms below 1e-8 c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,7 @@ class Slerp(TileMethod):
 
     def coefficients(self, aa: float, ab: float, bb: float) -> tuple[float, float]:
         """The factors on the base and on the other model, from the three dot products."""
-        norms = [norm if norm > 1e-8 else 1.0 for norm in (np.sqrt(aa), np.sqrt(bb))]
+        norms = [norm if norm > 1e-8 else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb))]
         cosine = float(np.clip(ab / (norms[0] * norms[1]), -1.0, 1.0))
         if abs(cosine) > LINEAR_ABOVE:
             return 1 - self.t, self.t

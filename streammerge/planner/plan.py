@@ -21,7 +21,7 @@ from streammerge.method import TileMethod, build, find
 from streammerge.planner.dialect import Resolution
 from streammerge.planner.layout import Layout, lay_out_output
 from streammerge.planner.recipe import Recipe
-from streammerge.planner.steps import (
+from streammerge.planner.steps import Cut, PlannedTensor, Step, merge_steps, sample_bytes, smallest_step
     SAMPLE,
     SAMPLES,
     Cut,
@@ -132,13 +132,13 @@ def make_plan(
     threads = limits.threads or cores()
     held = resident().demand + ALLOWANCE
     cut, ring, out, extra = _cut(tensors, limits.ram - held, held, threads)
-    read = passes = steps = widest = 0
+    read = passes = steps = slots = 0
     for step in merge_steps(tensors, cut):
         read += step.read_bytes
         steps += 1
         passes = max(passes, 2 if step.kind == "survey" else 1)
-        widest = max(widest, step.size)
-    ring = min(ring, max(read, widest) + PAGE)
+        slots += step.size
+    ring = min(ring, max(slots, PAGE))
     return Plan(
         recipe=recipe,
         tensors=tensors,
@@ -186,9 +186,8 @@ def _cut(tensors: Sequence[PlannedTensor], free: int, held: int, threads: int) -
     """The largest steps that fit: (cut, bytes of the ring, bytes of the result ring, bytes of the methods)."""
     inputs = max((len(t.inputs) for t in tensors), default=1)
     smallest = smallest_step(tensors)
-    total = sum(t.numel * t.width + len(t.inputs) * 2 * PAGE for t in tensors)
     surveyed = max((t.numel * t.width for t in tensors if t.surveyed), default=0)
-    sample = max((_sample_bytes(t) for t in tensors if t.surveyed), default=0)
+    sample = max((sample_bytes(t) for t in tensors if t.surveyed), default=0)
     step = max(inputs * TILE, smallest)
     while True:
         step = max(step, smallest)
@@ -210,7 +209,7 @@ def _cut(tensors: Sequence[PlannedTensor], free: int, held: int, threads: int) -
             surveyed + surveyed // (step // 2) * inputs * 2 * PAGE + 2 * step
         )  # the largest, whole, and the next
         ring = max(ring, min(free - out - extra, room))
-    return Cut(step, ring), min(ring, total + PAGE), out, extra
+    return Cut(step, ring), ring, out, extra
 
 
 def _cost(tensor: PlannedTensor, step: int, threads: int) -> int:
@@ -218,10 +217,6 @@ def _cost(tensor: PlannedTensor, step: int, threads: int) -> int:
     experts = len(tensor.job.experts)
     kept = tensor.method.survey_bytes(tensor.job.shape, experts, threads) if tensor.surveyed else 0
     return tensor.method.cost(numel, experts, "cpu").host * threads + kept
-
-
-def _sample_bytes(tensor: PlannedTensor) -> int:
-    return SAMPLES * (min(SAMPLE, tensor.numel) * tensor.width + len(tensor.inputs) * 2 * PAGE)
 
 
 def _out_bytes(tensors: Sequence[PlannedTensor], step: int) -> int:

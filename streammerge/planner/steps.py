@@ -14,13 +14,12 @@ from typing import Literal
 
 from streammerge.formats.dtypes import DTYPES
 from streammerge.formats.header import TensorSpec
-from streammerge.method import TileMethod
+from streammerge.method import SAMPLE, SLICES, TileMethod
 from streammerge.planner.jobs import Job
 from streammerge.store.reader import Extent
 from streammerge.store.ring import PAGE, round_up
 
 GAP = PAGE  # bytes read and thrown away rather than asking the disk twice; no more than two reads would waste
-SAMPLES, SAMPLE = 16, 64 << 10  # slices of a sample, and the elements of each
 
 Kind = Literal["merge", "survey", "sample"]
 
@@ -215,10 +214,10 @@ def surveyed_steps(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> It
 
 
 def is_resident(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> bool:
-    """Whether all inputs of a tensor fit the ring at once."""
+    """Whether all inputs of a tensor fit the ring at once, wherever it stands: the wrap-around wastes part of a step."""
     tensor = tensors[index]
     count = sum(1 for _ in tiles(tensor, cut))
-    return tensor.numel * tensor.width + count * len(tensor.inputs) * 2 * PAGE <= cut.resident
+    return tensor.numel * tensor.width + count * len(tensor.inputs) * 2 * PAGE + cut.step <= cut.resident
 
 
 def tile_steps(
@@ -234,11 +233,10 @@ def tile_steps(
 def sample_step(tensors: Sequence[PlannedTensor], index: int) -> Iterator[Step]:
     """Slices spread evenly over a tensor, in one slot."""
     tensor = tensors[index]
-    size = min(SAMPLE, tensor.numel // SAMPLES)
-    grain = tensor.method.grain(tensor.job.shape)
-    packer = Packer(tensors, SAMPLES * (size * tensor.width + len(tensor.inputs) * 2 * PAGE))
-    for at in range(SAMPLES):
-        packer.add(index, at * (tensor.numel - size) // (SAMPLES - 1) // grain * grain, size)
+    size = min(SAMPLE, tensor.numel) // SLICES
+    packer = Packer(tensors, sample_bytes(tensor))
+    for at in range(SLICES):
+        packer.add(index, at * (tensor.numel - size) // (SLICES - 1), size)
     yield from packer.flush("sample")
 
 

@@ -132,9 +132,7 @@ def _check_index(index: Path, weights: dict[str, str], holder: dict[str, str]) -
 
 def _open_loose(folder: Path, names: list[str]) -> dict[str, Header]:
     """The shards of a folder without an index."""
-    files = [
-        name for name in names if name.endswith(".safetensors") and name[0] != "." and name not in ADAPTER
-    ]
+    files = [name for name in names if name.endswith(".safetensors") and name[0] != "." and name not in ADAPTER]
     if SINGLE in files:
         files = [SINGLE]
     if not files:

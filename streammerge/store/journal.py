@@ -9,8 +9,10 @@ A line is appended only after the bytes it speaks of were synced. A line cut sho
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,39 +40,85 @@ def read(folder: Path) -> Progress:
     for line in path.read_bytes().split(b"\n"):
         try:
             entry: dict[str, Any] = json.loads(line)
-        except ValueError:
+            if "digest" in entry:
+                progress.digest = entry["digest"]
+            elif "sha256" in entry:
+                progress.finished[entry["shard"]] = entry["sha256"]
+            elif "done" in entry:
+                progress.done[entry["shard"]] = entry["done"]
+        except (ValueError, KeyError, TypeError):
             continue  # the kill came in the middle of this line
-        if "digest" in entry:
-            progress.digest = entry["digest"]
-        elif "sha256" in entry:
-            progress.finished[entry["shard"]] = entry["sha256"]
-        elif "done" in entry:
-            progress.done[entry["shard"]] = entry["done"]
     return progress
 
 
+def is_blank(folder: Path) -> bool:
+    """Whether a folder holds no work: the kill came before the journal's first line was whole."""
+    return not read(folder).digest and {entry.name for entry in folder.iterdir()} <= {NAME}
+
+
+def discard(folder: Path) -> None:
+    """Delete unfinished work.
+
+    Raises:
+        OutputExists: another run is writing it.
+    """
+    try:
+        file = os.open(folder / NAME, os.O_RDWR)
+    except FileNotFoundError:
+        shutil.rmtree(folder)
+        return
+    try:
+        _lock(file, folder)
+        shutil.rmtree(folder)
+    finally:
+        os.close(file)
+
+
 class Journal:
-    """Appends to a folder's journal; holding it open is the lock on the folder."""
+    """Appends to a folder's journal; holding it open is the lock on the folder. `found` is what it said before.
+
+    Raises:
+        OutputExists: another run holds it, or it speaks of another plan.
+        MachineError: it cannot be written.
+    """
 
     def __init__(self, folder: Path, digest: str) -> None:
         path = folder / NAME
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            _lock(self._file, folder)
-            if os.fstat(self._file).st_size == 0:
-                self.append({"digest": digest, "version": 1})
-            else:
-                os.write(self._file, b"\n")  # ends a line that a kill cut short
         except OSError as error:
-            raise MachineError(f"{path}: cannot write the journal: {error.strerror}") from error
+            raise _unwritable(path, error) from error
+        try:
+            _lock(self._file, folder)
+            self.found = read(folder)
+            if self.found.digest not in ("", digest):
+                raise OutputExists(f"{folder}: holds unfinished work of another plan; --no-resume discards it")
+            if os.fstat(self._file).st_size:
+                self._put(b"\n")  # ends a line that a kill cut short
+            if not self.found.digest:
+                self.append({"digest": digest, "version": 1})
+        except OSError as error:
+            os.close(self._file)
+            raise _unwritable(path, error) from error
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def append(self, entry: dict[str, Any]) -> None:
         """One line, on the disk when this returns."""
-        os.write(self._file, json.dumps(entry).encode() + b"\n")
+        self._put(json.dumps(entry).encode() + b"\n")
         os.fdatasync(self._file) if hasattr(os, "fdatasync") else os.fsync(self._file)
+
+    def _put(self, data: bytes) -> None:
+        if os.write(self._file, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _unwritable(path: Path, error: OSError) -> MachineError:
+    return MachineError(f"{path}: cannot write the journal: {error.strerror}; make room or write elsewhere")
 
 
 def _lock(file: int, folder: Path) -> None:
@@ -81,7 +129,6 @@ def _lock(file: int, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(file)
-        raise OutputExists(
-            f"{folder}: another run is writing here; wait for it or choose another folder"
-        ) from None
+        raise OutputExists(f"{folder}: another run is writing here; wait for it or choose another folder") from None
+    except OSError:
+        return  # no advisory locks on this file system

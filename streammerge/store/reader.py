@@ -3,7 +3,7 @@
     cached     bytes that the page cache already holds are taken from it, whatever the mode (nothing is evicted)
     direct     O_DIRECT into page-aligned slots: a tenth of the CPU of a buffered read and no page-cache growth
     buffered   positional reads; the pages they brought in are dropped behind
-    mmap       a read-only map of the range with sequential advice, copied and dropped behind
+    mmap       a read-only map of the range, fetched whole, copied and dropped behind
 
 `auto` is direct, unless the file system refuses it or a short probe finds buffered reads clearly faster (network
 file systems turn the ranking round). The mode never changes a byte of the result.
@@ -11,13 +11,16 @@ file systems turn the ranking round). The mode never changes a byte of the resul
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,7 +56,7 @@ class Reader:
             raise RecipeError(f"unknown reader {mode!r}; one of {', '.join(MODES)}")
         self._ring = ring
         self.mode: Mode = mode
-        self._files: OrderedDict[tuple[str, bool], int] = OrderedDict()
+        self._files = _Files()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self.bytes_read = 0
@@ -87,6 +90,8 @@ class Reader:
                 started = time.perf_counter()
                 (self._direct if mode == "direct" else self._buffered)(name, view, begin, len(view))
                 rate[mode] = slot.size / (time.perf_counter() - started)
+        except OSError:
+            return "direct"  # the read that needs these bytes will say what is wrong
         finally:
             self._ring.give(slot)
         return "buffered" if rate["buffered"] > 1.5 * rate["direct"] else "direct"
@@ -123,75 +128,145 @@ class Reader:
             self.bytes_read += extent.end - extent.begin
 
     def _from_cache(self, name: str, view: memoryview, begin: int) -> bool:
-        """Whether the page cache held all of it; a miss costs one system call and reads nothing."""
+        """Whether the page cache held all of it. Asked first: a read that misses, even RWF_NOWAIT, starts readahead."""
         if not hasattr(os, "RWF_NOWAIT"):
             return False
-        file, got = self._open(name, False), 0
-        while got < len(view):
+        with self._files.use(name, False) as file:
+            got = 0
             try:
-                step = os.preadv(file, [view[got : got + _LIMIT]], begin + got, os.RWF_NOWAIT)
-            except (BlockingIOError, OSError):
+                if not _cached(file, begin, len(view)):
+                    return False
+                while got < len(view):
+                    step = os.preadv(file, [view[got : got + _LIMIT]], begin + got, os.RWF_NOWAIT)
+                    if step == 0:
+                        return False
+                    got += step
+            except OSError:
                 return False
-            if step == 0:
-                return False
-            got += step
         return True
 
     def _direct(self, name: str, view: memoryview, begin: int, wanted: int) -> int:
-        file, got = self._open(name, True), 0
-        while got < wanted:
-            step = os.preadv(file, [view[got : got + _LIMIT]], begin + got)
-            got += step
-            if step % PAGE or step == 0:  # only the end of a file comes short
-                break
+        """Around the page cache; what direct I/O refuses, or stops short of, is read buffered."""
+        got = 0
+        try:
+            with self._files.use(name, True) as file:
+                while got < wanted:
+                    step = os.preadv(file, [view[got : got + _LIMIT]], begin + got)
+                    got += step
+                    if step % PAGE or step == 0:
+                        break
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        if got < wanted:
+            got -= got % PAGE
+            got += self._buffered(name, view[got:], begin + got, wanted - got)
         return got
 
     def _buffered(self, name: str, view: memoryview, begin: int, wanted: int) -> int:
-        file, got = self._open(name, False), 0
-        while got < wanted:
-            step = os.preadv(file, [view[got : min(got + _LIMIT, wanted)]], begin + got)
-            if step == 0:
-                break
-            got += step
-        _drop(file, begin, got)
+        with self._files.use(name, False) as file:
+            got = 0
+            while got < wanted:
+                step = os.preadv(file, [view[got : min(got + _LIMIT, wanted)]], begin + got)
+                if step == 0:
+                    break
+                got += step
+            _drop(file, begin, got)
         return got
 
     def _mapped(self, name: str, view: memoryview, begin: int, wanted: int) -> int:
-        file = self._open(name, False)
-        length = min(wanted, os.fstat(file).st_size - begin)
-        if length <= 0:
-            return 0
-        with mmap.mmap(file, length, access=mmap.ACCESS_READ, offset=begin) as window:
-            if hasattr(mmap, "MADV_SEQUENTIAL"):
-                window.madvise(mmap.MADV_SEQUENTIAL)
-            source = np.frombuffer(window, np.uint8)
-            np.copyto(
-                np.frombuffer(view, np.uint8)[:length], source
-            )  # releases the interpreter while it copies
-            del source
-        _drop(file, begin, length)
+        with self._files.use(name, False) as file:
+            length = min(wanted, os.fstat(file).st_size - begin)
+            if length <= 0:
+                return 0
+            lead = begin % mmap.ALLOCATIONGRANULARITY
+            with mmap.mmap(file, lead + length, access=mmap.ACCESS_READ, offset=begin - lead) as window:
+                if hasattr(mmap, "MADV_WILLNEED"):
+                    window.madvise(mmap.MADV_WILLNEED)  # all of it, and nothing beyond
+                    window.madvise(mmap.MADV_RANDOM)
+                source = np.frombuffer(window, np.uint8)[lead:]
+                np.copyto(np.frombuffer(view, np.uint8)[:length], source)  # releases the interpreter while it copies
+                del source
+            _drop(file, begin, length)
         return length
 
-    def _open(self, name: str, direct: bool) -> int:
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._files.close()
+
+
+class _Files:
+    """Open descriptors by (name, direct), the least recently used closed first, never one that a read is using."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[tuple[str, bool], int] = OrderedDict()
+        self._users: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def use(self, name: str, direct: bool) -> Iterator[int]:
+        """A descriptor that stays open while the block runs.
+
+        Raises:
+            CheckpointError: the file is gone.
+        """
         with self._lock:
-            key = (name, direct)
-            if key in self._files:
-                self._files.move_to_end(key)
-                return self._files[key]
+            file = self._find(name, direct)
+            self._users[file] += 1
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._users[file] -= 1
+
+    def _find(self, name: str, direct: bool) -> int:
+        key = (name, direct)
+        if key not in self._open:
             try:
                 file = os.open(name, os.O_RDONLY | (os.O_DIRECT if direct else 0))
             except FileNotFoundError:
                 raise CheckpointError(f"{name}: gone since the merge was planned") from None
-            self._files[key] = file
-            if len(self._files) > OPEN_FILES:  # an idle one: requests in flight are far fewer than files kept
-                os.close(self._files.popitem(last=False)[1])
-            return file
+            if not direct and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # reads are large; ahead of them nothing is kept
+            self._open[key], self._users[file] = file, 0
+            self._shrink(key)
+        self._open.move_to_end(key)
+        return self._open[key]
+
+    def _shrink(self, newest: tuple[str, bool]) -> None:
+        idle = [key for key, file in self._open.items() if not self._users[file] and key != newest]
+        for key in idle[: max(0, len(self._open) - OPEN_FILES)]:
+            file = self._open.pop(key)
+            del self._users[file]
+            os.close(file)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for file in self._files.values():
+        for file in self._open.values():
             os.close(file)
-        self._files.clear()
+        self._open.clear()
+        self._users.clear()
+
+
+def _cached(file: int, begin: int, length: int) -> bool:
+    """Whether the page cache holds these bytes, without touching them; False where the kernel would not tell.
+
+    Raises:
+        OSError: the bytes cannot be mapped.
+    """
+    found = os.fstat(file)
+    if not length or begin + length > found.st_size:
+        return False
+    if found.st_uid != os.geteuid() and not os.access(f"/proc/self/fd/{file}", os.W_OK):
+        return False  # mincore calls every page of somebody else's file resident
+    lead = begin % mmap.ALLOCATIONGRANULARITY
+    with mmap.mmap(file, lead + length, access=mmap.ACCESS_READ, offset=begin - lead) as window:
+        pages = np.zeros(-(-(lead + length) // mmap.PAGESIZE), np.uint8)
+        source = np.frombuffer(window, np.uint8)
+        failed = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(source.ctypes.data), ctypes.c_size_t(source.size), ctypes.c_void_p(pages.ctypes.data)
+        )
+        del source
+    return not failed and bool(pages[lead // mmap.PAGESIZE :].all())
 
 
 def _drop(file: int, begin: int, length: int) -> None:

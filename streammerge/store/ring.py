@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 from streammerge.budget import Budget
@@ -45,11 +46,12 @@ class Ring:
         budget.take(self.size, what)
         private = {} if not hasattr(mmap, "MAP_PRIVATE") else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
         self._map = mmap.mmap(-1, self.size, **private)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel may be built without them
+                self._map.madvise(mmap.MADV_HUGEPAGE)  # a direct read into large pages takes half the time here
         self.view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self._slots: deque[tuple[Slot, int]] = (
-            deque()
-        )  # slots in use, oldest first, with the bytes skipped before each
+        self._slots: deque[tuple[Slot, int]] = deque()  # slots in use, oldest first, with the bytes skipped before each
         self._given: set[int] = set()  # offsets of slots given back before an older one
         self._head = 0  # where the next slot starts
         self._used = 0  # bytes between the oldest slot and the head, skipped ones included
@@ -105,8 +107,6 @@ class Ring:
         """Unmap the ring and enter its bytes as free. Nobody may hold a slot."""
         self.stop()
         self.view.release()
-        try:
+        with suppress(BufferError):  # a reader that died mid-way still holds a view; the mapping goes with it
             self._map.close()
-        except BufferError:
-            pass  # a reader that died mid-way still holds a view; the mapping goes with it
         self._budget.give(self.size)

@@ -26,12 +26,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         if not isinstance(manifest["shards"], dict):
             raise TypeError
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{folder}: has no {MANIFEST}; only folders that streammerge wrote can be verified"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: is damaged; merge again") from None
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
     return manifest
 
 

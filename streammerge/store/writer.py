@@ -11,13 +11,12 @@ go to the disk from where they were computed. SHA-256 is taken from the same slo
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,13 @@ from streammerge.budget import human
 from streammerge.errors import MachineError, OutputExists
 from streammerge.store import journal
 from streammerge.store.ring import PAGE, Ring, Slot
+from streammerge.store.shardfile import Shard, ShardFile, allocate, sync_path
+
+__all__ = ["HEADER_PIECE", "MANIFEST", "SYNC_EVERY", "Shard", "Writer", "into_place"]
 
 MANIFEST = "streammerge.json"
 SYNC_EVERY = 256 << 20  # bytes between two journal lines: what a kill can cost
-HEADER_PIECE = 1 << 20  # bytes of a header, and of a file that is hashed again, handled at once
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file: its header, already padded to whole pages, and its size in all."""
-
-    name: str
-    header: bytes
-    size: int
+HEADER_PIECE = 1 << 20  # bytes of a header that are put at once
 
 
 class Writer:
@@ -46,28 +39,39 @@ class Writer:
     def __init__(self, out: Path, shards: Sequence[Shard], digest: str, ring: Ring) -> None:
         self.partial = out.with_name(out.name + ".partial")
         self._out, self._shards, self._ring = out, shards, ring
-        self._progress = journal.read(self.partial)
-        fresh = not self._progress.digest
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MachineError(f"{self.partial}: cannot be made: {error.strerror}") from error
         self._journal = journal.Journal(self.partial, digest)
-        self.hashes: dict[str, str] = dict(self._progress.finished)
+        self.hashes: dict[str, str] = {}
+        self._done: dict[str, int] = {}
+        self._believe(self._journal.found)
         self.bytes_written = 0
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="write")
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._open: _Stream | None = None
+        self._open: ShardFile | None = None
+        self._stopped = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         try:
-            self._preallocate()
+            with self._machine():
+                self._preallocate()
         except BaseException:
             self.close()
-            if fresh:
+            if not self._journal.found.digest:
                 shutil.rmtree(self.partial, ignore_errors=True)
             raise
+
+    def _believe(self, found: journal.Progress) -> None:
+        """Take the journal's word for the shards that are still as this program left them."""
+        for shard in self._shards:
+            path = self.partial / shard.name
+            if path.is_file() and path.stat().st_size == shard.size:
+                if shard.name in found.finished:
+                    self.hashes[shard.name] = found.finished[shard.name]
+                self._done[shard.name] = found.done.get(shard.name, 0)
 
     @property
     def is_open(self) -> bool:
@@ -77,7 +81,7 @@ class Writer:
     def resume_at(self, shard: int) -> int:
         """Bytes of a shard that need not be written again; its size if it is complete."""
         name = self._shards[shard].name
-        return self._shards[shard].size if name in self.hashes else self._progress.done.get(name, 0)
+        return self._shards[shard].size if name in self.hashes else self._done.get(name, 0)
 
     def _preallocate(self) -> None:
         missing = 0
@@ -91,18 +95,15 @@ class Writer:
                 "make room or write elsewhere"
             )
         for shard in self._shards:
-            file = os.open(self.partial / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                _allocate(file, shard, self.partial)
-            finally:
-                os.close(file)
-        _sync_folder(self.partial)
+            allocate(self.partial / shard.name, shard.size)
+        sync_path(self.partial)
 
     def begin(self, shard: int, at: int) -> None:
         """Open a shard for writing from byte `at` on, 0 or a place that `resume_at` covers."""
         self.check()
         layout = self._shards[shard]
-        self._open = stream = _Stream(self.partial / layout.name, layout, at)
+        with self._machine():
+            self._open = stream = ShardFile(self.partial / layout.name, layout, at)
         if at == 0:
             self._put_bytes(layout.header)
         else:
@@ -130,6 +131,7 @@ class Writer:
         self.bytes_written += size
         release = _Countdown(2, lambda: self._ring.give(slot))
         stream.writes.append(self._pool.submit(self._guard, stream.write, view[:whole], at, done=release))
+        stream.sent = at + whole
         self._hasher.submit(self._guard, stream.hash.update, view[lead:end], done=release)
         if stream.position - stream.marked >= SYNC_EVERY:
             self._mark(stream)
@@ -142,14 +144,14 @@ class Writer:
             self._ring.bytes_of(slot, lead, lead + len(piece))[:] = piece
             self.put(slot, len(piece))
 
-    def _mark(self, stream: _Stream) -> None:
-        """Have the journal say how far this shard is durable, once it is."""
-        writes, stream.writes = stream.writes, []
+    def _mark(self, stream: ShardFile) -> None:
+        """Have the journal say how far this shard is durable, once it is; an interrupt may come between any lines."""
+        writes, durable = list(stream.writes), stream.sent
         stream.marked = stream.position
-        durable = stream.position - len(stream.carry)
         self._syncer.submit(self._guard, self._sync, stream, writes, durable)
+        stream.writes = stream.writes[len(writes) :]
 
-    def _sync(self, stream: _Stream, writes: list[Future[None]], durable: int) -> None:
+    def _sync(self, stream: ShardFile, writes: list[Future[None]], durable: int) -> None:
         for write in writes:
             write.result()
         if self._failure is None:
@@ -163,9 +165,9 @@ class Writer:
         assert stream.position == stream.layout.size
         self._open = None
         hashed = self._hasher.submit(self._guard, lambda: None)
-        self._syncer.submit(self._guard, self._finish, stream, stream.writes, hashed)
+        self._syncer.submit(self._guard, self._finish, stream, stream.writes, hashed, done=stream.close)
 
-    def _finish(self, stream: _Stream, writes: list[Future[None]], hashed: Future[None]) -> None:
+    def _finish(self, stream: ShardFile, writes: list[Future[None]], hashed: Future[None]) -> None:
         for write in [*writes, hashed]:
             write.result()
         if self._failure is None:
@@ -193,111 +195,65 @@ class Writer:
         Raises:
             MachineError: the disk is full or failed; what the journal says is kept.
         """
-        error = self._failure
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            hint = (
-                "the disk is full; make room and run the same command again to go on"
-                if full
-                else error.strerror
-            )
-            raise MachineError(f"{self.partial}: {hint}") from error
-        if error is not None:
-            raise error
+        with self._machine():
+            if self._failure is not None:
+                raise self._failure
+
+    @contextmanager
+    def _machine(self) -> Iterator[None]:
+        """What the operating system refuses in this block is the machine's fault, said in one line."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            fault = "the disk is full; make room" if full else f"{error.strerror}; mend it"
+            raise MachineError(
+                f"{self.partial}: {fault} and run the same command again to go on with what is done"
+            ) from error
 
     def drain(self) -> None:
         """Wait until all that was put is written, synced, hashed and in the journal."""
-        for pool in (self._pool, self._hasher, self._syncer):
-            pool.shutdown(wait=True)
+        self._stop()
         self.check()
 
     def park(self) -> None:
         """Record how far an interrupted run came."""
-        if self._open is not None and self._failure is None:
+        if self._open is not None and self._failure is None and not self._stopped:
             self._mark(self._open)
-        for pool in (self._pool, self._hasher, self._syncer):
-            pool.shutdown(wait=True)
+        self._stop()
 
     def discard(self) -> None:
         """Delete what was written: the inputs were refused."""
-        for pool in (self._pool, self._hasher, self._syncer):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._stop(cancel=True)
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def publish(
-        self, files: dict[str, bytes], copies: Sequence[Path], manifest: bytes, overwrite: bool
-    ) -> None:
+    def _stop(self, cancel: bool = False) -> None:
+        self._stopped = True
+        for pool in (self._pool, self._hasher, self._syncer):
+            pool.shutdown(wait=True, cancel_futures=cancel)
+
+    def publish(self, files: dict[str, bytes], copies: Sequence[Path], manifest: bytes, overwrite: bool) -> None:
         """Complete the folder (small files, copies, manifest last) and rename it into place."""
-        for source in copies:
-            shutil.copyfile(source, self.partial / source.name)
-        for name, data in files.items():
-            (self.partial / name).write_bytes(data)
-        for name in [*files, *(source.name for source in copies)]:
-            _sync_file(self.partial / name)
-        (self.partial / (MANIFEST + ".new")).write_bytes(manifest)
-        _sync_file(self.partial / (MANIFEST + ".new"))
-        os.replace(self.partial / (MANIFEST + ".new"), self.partial / MANIFEST)
-        _sync_folder(self.partial)
-        (self.partial / journal.NAME).unlink()
-        into_place(self.partial, self._out, overwrite)
+        with self._machine():
+            for source in copies:
+                shutil.copyfile(source, self.partial / source.name)
+            for name, data in files.items():
+                (self.partial / name).write_bytes(data)
+            for name in [*files, *(source.name for source in copies)]:
+                sync_path(self.partial / name)
+            (self.partial / (MANIFEST + ".new")).write_bytes(manifest)
+            sync_path(self.partial / (MANIFEST + ".new"))
+            os.replace(self.partial / (MANIFEST + ".new"), self.partial / MANIFEST)
+            sync_path(self.partial)
+            (self.partial / journal.NAME).unlink()
+            into_place(self.partial, self._out, overwrite)
 
     def close(self) -> None:
-        for pool in (self._pool, self._hasher, self._syncer):
-            pool.shutdown(wait=True, cancel_futures=True)
+        """End the threads; whatever ended the run, what is on the disk is in the journal."""
+        self.park()
+        if self._open is not None:
+            self._open.close()
         self._journal.close()
-
-
-class _Stream:
-    """The shard being written: file, place, the bytes of an unfinished page, and the hash so far."""
-
-    def __init__(self, path: Path, layout: Shard, at: int) -> None:
-        self.path, self.layout, self.position, self.marked = path, layout, at, at
-        self.direct = hasattr(os, "O_DIRECT")
-        try:
-            self.file = os.open(path, os.O_RDWR | (os.O_DIRECT if self.direct else 0))
-        except OSError:
-            self.direct = False
-            self.file = os.open(path, os.O_RDWR)
-        lead = at % PAGE
-        self.carry = _read_exactly(path, at - lead, lead)
-        self.hash = hashlib.sha256()
-        self.writes: list[Future[None]] = []
-
-    def write(self, view: memoryview, at: int) -> None:
-        done = 0
-        while done < len(view):  # a write may be cut short by a signal, a limit, or at 2 GiB
-            step = os.pwrite(self.file, view[done:], at + done)
-            done += step
-            if step % PAGE and done < len(view) and self.direct:
-                raise OSError(errno.EIO, f"{self.path.name}: a write stopped in the middle of a page")
-
-    def hash_file(self, end: int) -> None:
-        """Take in bytes [0, end) that an earlier run left."""
-        with open(self.path, "rb", buffering=0) as file:
-            left = end
-            while left:
-                data = file.read(min(HEADER_PIECE, left))
-                self.hash.update(data)
-                left -= len(data)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, end, os.POSIX_FADV_DONTNEED)
-
-    def sync(self, durable: int) -> None:
-        os.fdatasync(self.file) if hasattr(os, "fdatasync") else os.fsync(self.file)
-        if not self.direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.file, 0, durable, os.POSIX_FADV_DONTNEED)
-
-    def finish(self) -> None:
-        """The last, unfinished page; then the file's true end."""
-        at = self.layout.size - len(self.carry)
-        if self.carry:
-            with open(self.path, "r+b", buffering=0) as file:
-                file.seek(at)
-                file.write(self.carry)
-                os.fsync(file.fileno())
-        os.ftruncate(self.file, self.layout.size)
-        os.fsync(self.file)
-        os.close(self.file)
 
 
 class _Countdown:
@@ -323,37 +279,5 @@ def into_place(partial: Path, out: Path, overwrite: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.rename(out, old)
     os.rename(partial, out)
-    _sync_folder(out.parent)
+    sync_path(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _allocate(file: int, shard: Shard, folder: Path) -> None:
-    if not hasattr(os, "posix_fallocate"):
-        os.ftruncate(file, shard.size)
-        return
-    try:
-        os.posix_fallocate(file, 0, shard.size)
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-            os.ftruncate(file, shard.size)  # the file system cannot promise room
-            return
-        raise MachineError(
-            f"{folder / shard.name}: no room for {human(shard.size)}: {error.strerror}; make room or write elsewhere"
-        ) from error
-
-
-def _read_exactly(path: Path, begin: int, size: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        file.seek(begin)
-        return file.read(size)
-
-
-def _sync_file(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-_sync_folder = _sync_file

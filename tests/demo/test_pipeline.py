@@ -127,6 +127,10 @@ def test_the_report_is_all_of_stdout_or_its_last_line(tmp_path):
             child.read_report(printed, tmp_path)
 
 
+def test_a_sample_cannot_steer_the_terminal():
+    assert show.printable("a\tb\n\x1b[2Jé\x00") == "a\tb\n\ufffd[2Jé\ufffd"
+
+
 def test_the_finding_follows_the_numbers():
     def row(name, kind, code, prose):
         bits = {"code": code, "prose": prose}

@@ -49,7 +49,7 @@ def poison(args, odd: tuple[float, ...] = (float("nan"), float("inf"), -float("i
     """NaN and infinities at places that differ from input to input."""
     for k, tensor in enumerate(tensors_in(args)):
         for i, value in enumerate(odd):
-            at = torch.arange(3 + 7 * k + i, tensor.numel(), 41 + k)
+            at = torch.arange(tensor.numel())[3 + 7 * k + i :: 41 + k]
             tensor[at] = torch.full_like(at, value, dtype=torch.float32).to(tensor.dtype)
 
 

@@ -56,7 +56,8 @@ def test_a_gpu_never_falls_back_to_the_cpu(monkeypatch):
 
 
 def test_kernels_do_not_import_torch():
-    code = "import sys; from streammerge import kernel; [kernel.find(n) for n in kernel.names()]; assert 'torch' not in sys.modules"
+    code = "import sys; from streammerge import kernel; [kernel.find(n) for n in kernel.names()]; "
+    code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

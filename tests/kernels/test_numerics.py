@@ -27,7 +27,9 @@ def expected(value: torch.Tensor, name: str) -> torch.Tensor:
 
 def every_pattern(name: str) -> torch.Tensor:
     size = DTYPES[name].itemsize
-    return torch.from_numpy(np.arange(256**size, dtype=np.uint16).astype(f"u{size}").view(f"i{size}")).view(DTYPES[name])
+    return torch.from_numpy(np.arange(256**size, dtype=np.uint16).astype(f"u{size}").view(f"i{size}")).view(
+        DTYPES[name]
+    )
 
 
 def random_patterns() -> torch.Tensor:
@@ -72,8 +74,8 @@ def test_flags_tell_infinities_from_nan(name):
     for value, flag in ((1.0, 0), (float("inf"), 1), (-float("inf"), 1), (float("nan"), 2)):
         tensor = torch.ones(1000)
         tensor[700] = value
-        span = reference.span(reference.rounded(tensor, DTYPES[name]))
-        found = add_deltas.host(reference.span(torch.empty(1000)), span, [], ONE)
+        source, out = reference.rounded(tensor, DTYPES[name]), torch.empty(1000)
+        found = add_deltas.host(reference.span(out), reference.span(source), [], ONE)
         assert found.dtype == np.uint8
         assert found.tolist() == [0 if name == "F8_E4M3" and flag == 1 else flag]
 

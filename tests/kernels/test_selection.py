@@ -34,7 +34,9 @@ def find(base, expert, rank, cuts=(0, 1300)):
     while isinstance(bracket, select.Bracket):
         counts = bracket.empty()
         for start, stop in zip(cuts, ends, strict=True):
-            magnitude_histogram.host(span(base[start:stop]), span(expert[start:stop]), bracket.low, bracket.shift, counts)
+            magnitude_histogram.host(
+                span(base[start:stop]), span(expert[start:stop]), bracket.low, bracket.shift, counts
+            )
         assert counts.sum() == base.numel()
         bracket, passes = select.narrow(bracket, counts, rank), passes + 1
     assert passes == 2
@@ -52,7 +54,9 @@ def test_found_key_is_the_sorted_one(name, share):
     found = find(base, delta, rank, (0,) if name == "one" else (0, 1300))
     assert found.key == np.sort(keys)[rank]
     assert found.below == (keys < found.key).sum()
-    assert found.equal == (keys == found.key).sum() == magnitude_histogram.count_equal(span(base), span(delta), found.key)
+    assert (
+        found.equal == (keys == found.key).sum() == magnitude_histogram.count_equal(span(base), span(delta), found.key)
+    )
 
 
 @pytest.mark.parametrize("name", deltas())
@@ -71,7 +75,7 @@ def test_bounds_keep_what_a_stable_sort_keeps(name, keep, drop):
     for start, stop in ((0, 1), (1, 1300), (1300, numel)):
         a, b, e = (span(t[start:stop]) for t in (out, base, delta))
         if a.numel > 0:
-            sign_elect.host(a, b, [e], np.ones(1, np.float32), 1.0, False, False, trims, ranks, None)
+            sign_elect.host(a, b, [e], np.ones(1, np.float32), None, 1.0, False, False, trims, ranks, None)
             for column, key in enumerate((bounds[0], bounds[3])):
                 ranks[0, column] += magnitude_histogram.count_equal(b, e, key) if 0 <= key < 1 << 31 else 0
     assert torch.equal(out, expected)
@@ -79,8 +83,8 @@ def test_bounds_keep_what_a_stable_sort_keeps(name, keep, drop):
 
 def test_nan_sorts_above_infinity():
     delta = torch.tensor([1.0, -torch.inf, torch.nan, 0.0, -torch.nan])
-    keys = np.empty(5, np.uint32)
-    magnitude_histogram.keys(span(torch.zeros(5)), span(delta), keys)
+    base, keys = torch.zeros(5), np.empty(5, np.uint32)
+    magnitude_histogram.keys(span(base), span(delta), keys)
     assert keys.tolist() == [0x3F800000, 0x7F800000, 0x7FC00000, 0, 0x7FC00000]
 
 

@@ -14,7 +14,7 @@ from streammerge.kernels.reference import bits, span
 def merge(base, experts, weights, scale=1.0, normalize=False, elect=False, trims=None, ranks=None, drop=None):
     out = torch.full_like(base, torch.nan)
     spans = span(out), span(base), reference.spans(experts)
-    sign_elect.host(*spans, np.float32(weights), scale, normalize, elect, trims, ranks, drop)
+    sign_elect.host(*spans, np.float32(weights), None, scale, normalize, elect, trims, ranks, drop)
     return out
 
 
@@ -54,14 +54,14 @@ def test_bounds_by_hand():
 def test_parts_are_the_whole(elect, count):
     numel, names = 6001, ("BF16", "F16", "BF16", "F32")
     out, base, *experts = reference.tensors(numel, names, count + 2, "cpu", 1)
-    weights = np.linspace(0.5, 1.5, count, dtype=np.float32)
+    weights, rescale = np.linspace(0.5, 1.5, count, dtype=np.float32), np.full(count, 1.7)
 
     def drop(start):
-        return sign_elect.Drop(np.linspace(0.2, 1, count), np.full(count, 1.7), 1 << 63, 0xFFFFFFFF, range(count), start)
+        return sign_elect.Drop(np.linspace(0.2, 1, count), 1 << 63, 0xFFFFFFFF, range(count), start)
 
     whole = out.clone()
-    arguments.agree(sign_elect, (out, base, experts, weights, 0.9, True, elect, None, None, drop((1 << 35) + 2)))
-    rest = weights, 0.9, True, elect, None, None
+    arguments.agree(sign_elect, (out, base, experts, weights, rescale, 0.9, True, elect, None, None, drop((1 << 35) + 2)))
+    rest = weights, rescale, 0.9, True, elect, None, None
     sign_elect.host(span(whole), span(base), reference.spans(experts), *rest, drop((1 << 35) + 2))
     for start, stop in ((0, 1), (1, 3), (3, 1000), (1000, 5003), (5003, numel)):
         cut = span(out[start:stop]), span(base[start:stop]), [span(e[start:stop]) for e in experts]
@@ -75,7 +75,7 @@ def test_both_kernels_draw_the_same_mask(density):
     base, expert = torch.zeros(numel), torch.ones(numel)
     partials = np.full((4, 2), np.nan)
     drop_rescale.host(span(base), span(expert), density, 11, 12, 13, start, partials)
-    mask = merge(base, [expert], [1], drop=sign_elect.Drop(density, np.ones(1), 11, 12, [13], start))
+    mask = merge(base, [expert], [1], drop=sign_elect.Drop(density, 11, 12, [13], start))
     assert partials[:, 0].tolist() == [4096, 4096, 4096, 5]
     assert partials[:, 1].tolist() == [part.sum().item() for part in mask.split(4096)]
     # five standard deviations of a binomial count
@@ -86,7 +86,7 @@ def test_masks_differ_by_seed_tensor_and_expert():
     base, expert = torch.zeros(1000), torch.ones(1000)
 
     def mask(seed, tensor, stream):
-        return merge(base, [expert], [1], drop=sign_elect.Drop(0.5, np.ones(1), seed, tensor, [stream], 0))
+        return merge(base, [expert], [1], drop=sign_elect.Drop(0.5, seed, tensor, [stream], 0))
 
     first = mask(1, 2, 3)
     assert torch.equal(first, mask(1, 2, 3))
