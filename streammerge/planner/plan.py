@@ -22,14 +22,6 @@ from streammerge.planner.dialect import Resolution
 from streammerge.planner.layout import Layout, lay_out_output
 from streammerge.planner.recipe import Recipe
 from streammerge.planner.steps import Cut, PlannedTensor, Step, merge_steps, sample_bytes, smallest_step
-    SAMPLE,
-    SAMPLES,
-    Cut,
-    PlannedTensor,
-    Step,
-    merge_steps,
-    smallest_step,
-)
 from streammerge.store.checkpoint import Checkpoint
 from streammerge.store.ring import PAGE, round_up
 from streammerge.store.writer import HEADER_PIECE
