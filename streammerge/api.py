@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from streammerge import kernel
 from streammerge import method as methods
 from streammerge.budget import Budget, cores, default_ram, parse_size
 from streammerge.engine.compare import compare
@@ -71,7 +70,6 @@ def plan(
     """
     _check_device(device)
     parsed, near = _load(recipe)
-    method = methods.find(parsed.merge_method)
     checkpoints = {name: Checkpoint.open(locate(name, near)) for name in parsed.references}
     resolution = resolve(parsed, checkpoints, methods.find)
     limits = Limits(
@@ -81,8 +79,7 @@ def plan(
         shard_size=None if shard_size is None else parse_size(shard_size),
         seed=seed,
     )
-    kernels = {name: kernel.describe(name, "cpu") for name in method.kernels}
-    return make_plan(parsed, resolution, checkpoints, limits, kernels)
+    return make_plan(parsed, resolution, checkpoints, limits)
 
 
 def merge(
@@ -297,6 +294,19 @@ def diff(one: str | Path, other: str | Path) -> Iterator[dict[str, Any]]:
 def verify(out: str | Path, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Re-hash a merged folder against its manifest; "bad" lists the shards that are missing or differ."""
     return verify_folder(Path(out), progress)
+
+
+def demo(folder: str | Path, *, ram: str = "512MiB", fresh: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train a tiny base model and three experts in `folder`, merge them by every method, compare; the results.
+
+    Raises:
+        RecipeError: transformers is not installed.
+    """
+    from rich.console import Console
+
+    from streammerge.demo import run
+
+    return run(Path(folder), ram=ram, fresh=fresh, console=Console(quiet=True) if quiet else None)
 
 
 def describe_methods(name: str | None = None) -> list[dict[str, Any]]:

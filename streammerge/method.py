@@ -150,7 +150,7 @@ class Method(ABC):
     base_is_expert: ClassVar[bool] = False  # a base listed among the models counts as one of the inputs
     min_experts: ClassVar[int] = 1
     max_experts: ClassVar[int | None] = None
-    kernels: ClassVar[tuple[str, ...]] = ()  # what it computes with, so that a plan can say and load it
+    kernels: ClassVar[tuple[str, ...]] = ()  # what it computes with at most
     keys: ClassVar[tuple[str, ...]] = ()  # further top-level recipe keys that belong to this method
 
 
@@ -158,6 +158,10 @@ class TileMethod(Method):
     """A method for which each result element depends on the same element of the inputs, and on a survey at most."""
 
     sees = "tile"
+
+    def uses(self) -> tuple[str, ...]:
+        """The kernels that this instance computes with."""
+        return self.kernels
 
     def cost(self, numel: int, experts: int, device: str) -> Cost:
         """Bytes beyond inputs and output while one tile of `numel` elements is surveyed or merged."""

@@ -7,7 +7,10 @@ files that neither would write can be made.
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,8 +95,13 @@ def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def sparse(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], lead: int = 0) -> Path:
-    """A file of zeros that takes no room on the disk; `lead` spaces before the data put it off its alignment."""
+def sparse(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], lead: int = 0, mark: bytes = b""
+) -> Path:
+    """A file of zeros that takes hardly any room on the disk.
+
+    `lead` spaces before the data put it off its alignment; `mark` stands at every mebibyte of the data.
+    """
     widths = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1}
     table: dict[str, Any] = {}
     end = 0
@@ -105,8 +113,11 @@ def sparse(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], lead:
     text += " " * (-len(text) % 8 + lead)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        file.write(raw_file(text))
-        file.truncate(file.tell() + end)
+        start = file.write(raw_file(text))
+        file.truncate(start + end)
+        for at in range(start, start + end - len(mark), 1 << 20) if mark else ():
+            file.seek(at)
+            file.write(mark)
     return path
 
 
@@ -124,3 +135,27 @@ def recipe(path: Path, method: str, models: list[Path], base: Path | None = None
         body["parameters"] = common
     path.write_text(json.dumps(body))  # JSON is YAML
     return path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(*arguments: Any, before: str = "", **options: Any) -> subprocess.Popen[str]:
+    """The command line in a process of its own; `before` is code that it runs first."""
+    code = f"{before}\nfrom streammerge.cli import main\nmain()"
+    words = [str(argument) for argument in arguments]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def command(*arguments: Any, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    child = start(*arguments, before=before)
+    out, err = child.communicate(timeout=120)
+    return subprocess.CompletedProcess(child.args, child.returncode, out, err)

@@ -1,5 +1,4 @@
-"""Muon for the matrices of the layers, AdamW for the rest: a short training gets further (2.40 bits per byte
-after 400 steps of 1,024 bytes, where AdamW alone is at 2.97).
+"""Muon for the matrices of the layers, AdamW for the rest: in as many steps, a short training gets further.
 
     M <- 0.95 M + 0.05 G;   step = rate * sqrt(max(1, rows / columns)) * orthogonal(0.95 M + 0.05 G)
 

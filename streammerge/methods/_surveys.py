@@ -87,7 +87,7 @@ def histogram_bytes(numel: int, windows: Sequence[Window], threads: int) -> int:
     """What a TrimSurvey holds at most: histograms, and before them the keys of its sample."""
     wanted = sum(len(window.ranks()) for window in windows)
     bins = _bins(numel, windows) + 2
-    return max(min(threads, COPIES) * wanted * bins * BIN + 2 * 8 * bins, 8 * min(numel, SAMPLE))
+    return max(min(threads, COPIES) * wanted * bins * BIN + 2 * 8 * bins, 4 * min(numel, SAMPLE))
 
 
 class TrimSurvey(Survey):
@@ -117,8 +117,11 @@ class TrimSurvey(Survey):
         self.trims = np.zeros((len(self._windows), 6), np.int64)
 
     def sample(self, tiles: Sequence[Tile]) -> None:
-        for expert in {expert for expert, _ in self._open}:
-            keys = np.concatenate([_keys(tile, expert) for tile in tiles])
+        ends = np.cumsum([0, *(tile.numel for tile in tiles)])
+        keys = np.empty(ends[-1], np.uint32)
+        for expert in sorted({expert for expert, _ in self._open}):
+            for tile, lo, hi in zip(tiles, ends, ends[1:], strict=False):
+                kernel.call("magnitude_histogram", "keys", tile.base, tile.experts[expert], keys[lo:hi])
             keys.sort()
             for rank in self._windows[expert].ranks():
                 self._open[expert, rank] = self._guess(keys, rank)
@@ -243,12 +246,6 @@ def _added(several: Sequence[Histogram]) -> Histogram:
         np.minimum(ends[:, 0], others[:, 0], out=ends[:, 0])
         np.maximum(ends[:, 1], others[:, 1], out=ends[:, 1])
     return counts, ends
-
-
-def _keys(tile: Tile, expert: int) -> npt.NDArray[np.uint32]:
-    keys = np.empty(tile.numel, np.uint32)
-    kernel.call("magnitude_histogram", "keys", tile.base, tile.experts[expert], keys)
-    return keys
 
 
 def _value(key: int) -> float:

@@ -50,6 +50,9 @@ class Trimmed(TaskVectors):
 
     kernels = ("magnitude_histogram", "window_norms", "sign_elect")
 
+    def uses(self) -> tuple[str, ...]:
+        return self.kernels if self.rescale else ("magnitude_histogram", "sign_elect")
+
     def windows(self, numel: int, experts: int) -> list[Window]:
         """Which ranks of magnitude each expert keeps."""
         raise NotImplementedError

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streammerge import __version__
+from streammerge import __version__, kernel
 from streammerge.budget import MIB, cores, human, resident
 from streammerge.errors import BudgetTooSmall, RecipeError
 from streammerge.method import TileMethod, build, find
@@ -111,9 +111,8 @@ def make_plan(
     resolution: Resolution,
     checkpoints: Mapping[str, Checkpoint],
     limits: Limits,
-    kernels: dict[str, str],
 ) -> Plan:
-    """Cut the work to the budget. `kernels` says what will compute; they are loaded, so what they hold is counted.
+    """Cut the work to the budget. The kernels are loaded here, so that what they hold is counted.
 
     Raises:
         BudgetTooSmall: no cut fits; `least` would.
@@ -122,6 +121,8 @@ def make_plan(
     layout = lay_out_output(resolution.jobs, resolution.shards, limits.shard_size, resolution.donor.metadata)
     tensors = tuple(_planned(layout))
     threads = limits.threads or cores()
+    used = dict.fromkeys(name for tensor in tensors for name in tensor.method.uses())
+    kernels = {name: kernel.describe(name, limits.device) for name in used}
     held = resident().demand + ALLOWANCE
     cut, ring, out, extra = _cut(tensors, limits.ram - held, held, threads)
     read = passes = steps = slots = 0

@@ -234,10 +234,16 @@ def sample_step(tensors: Sequence[PlannedTensor], index: int) -> Iterator[Step]:
     """Slices spread evenly over a tensor, in one slot."""
     tensor = tensors[index]
     size = min(SAMPLE, tensor.numel) // SLICES
+    grain = tensor.method.grain(tensor.job.shape)
     packer = Packer(tensors, sample_bytes(tensor))
     for at in range(SLICES):
-        packer.add(index, at * (tensor.numel - size) // (SLICES - 1), size)
+        packer.add(index, at * (tensor.numel - size) // (SLICES - 1) // grain * grain, size)
     yield from packer.flush("sample")
+
+
+def sample_bytes(tensor: PlannedTensor) -> int:
+    """The most that the slot of a tensor's sample takes."""
+    return min(SAMPLE, tensor.numel) * tensor.width + SLICES * len(tensor.inputs) * 2 * PAGE
 
 
 def tiles(
