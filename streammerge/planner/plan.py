@@ -26,7 +26,7 @@ from streammerge.store.checkpoint import Checkpoint
 from streammerge.store.ring import PAGE, round_up
 from streammerge.store.writer import HEADER_PIECE
 
-ALLOWANCE = 24 * MIB  # thread stacks, the allocator's slack, journal and progress
+ALLOWANCE = 12 * MIB  # thread stacks, the allocator's slack, journal and progress
 TILE = 8 * MIB  # bytes of one input in a step, at most: more does not make a disk faster
 DEPTH = 4  # steps the ring holds where nothing must be resident: one read, one merged, two on their way
 NOMINAL_RATE = 1e9  # bytes a second that `seconds` assumes of a disk; no weight is read to find out

@@ -5,8 +5,8 @@
     buffered   positional reads; the pages they brought in are dropped behind
     mmap       a read-only map of the range, fetched whole, copied and dropped behind
 
-`auto` is direct, unless the file system refuses it or a short probe finds buffered reads clearly faster (network
-file systems turn the ranking round). The mode never changes a byte of the result.
+`auto` is direct on a disk of this machine. Elsewhere a short probe decides: network file systems may turn the ranking
+round. Where a file system refuses O_DIRECT, `auto` is buffered. The mode never changes a byte of the result.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Literal
 import numpy as np
 
 from streammerge.errors import CheckpointError, MachineError, RecipeError
+from streammerge.store.mounts import is_local
 from streammerge.store.ring import PAGE, Ring, Slot, round_up
 
 Mode = Literal["auto", "direct", "buffered", "mmap"]
@@ -75,7 +76,7 @@ class Reader:
             self.mode = "buffered"  # this file system has no direct I/O
             return
         self.mode = "direct"
-        if sum(size for _, size in files) >= PROBE_WORTH and size >= 4 * PROBE:
+        if not is_local(name) and sum(size for _, size in files) >= PROBE_WORTH and size >= 4 * PROBE:
             self.mode = self._probe(name, size)
 
     def _probe(self, name: str, size: int) -> Mode:

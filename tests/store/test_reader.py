@@ -150,6 +150,7 @@ def test_a_probe_that_finds_buffered_quicker_says_so(tmp_path, ring, monkeypatch
     with open(path, "wb") as file:
         file.truncate(64 << 20)
     monkeypatch.setattr(module, "PROBE_WORTH", 1)
+    monkeypatch.setattr(module, "is_local", lambda name: False)
     monkeypatch.setattr(Reader, "_from_cache", lambda *_: False)
     for slow, expected in (("_direct", "buffered"), ("_buffered", "direct")):
         with monkeypatch.context() as patch:
