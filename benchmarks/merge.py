@@ -48,7 +48,7 @@ class Runs:
     reports: list[dict[str, Any]] = field(default_factory=list)
     floors: list[floor.Floor] = field(default_factory=list)
 
-    def row(self, shape: str, method: str, who: str, state: str, moved: int) -> Row:
+    def row(self, shape: str, method: str, who: str, state: str, sizes: tuple[int, int]) -> Row:
         usages, reports = self.usages, self.reports
         plain = Row(
             shape,
@@ -60,7 +60,7 @@ class Runs:
             max(u.demand_bytes for u in usages),
             max(u.resident_bytes for u in usages),
             max(u.disk_read_bytes for u in usages),
-            moved,
+            *sizes,
         )
         if not reports:
             return plain
@@ -131,7 +131,7 @@ class Bench:
             _warm(case)
             self._once(warm, recipe)
         for state, runs in (("cold", cold), ("warm", warm)):
-            yield runs.row(self.shape, case.method, "streammerge", state, case.input_bytes + written)
+            yield runs.row(self.shape, case.method, "streammerge", state, (case.input_bytes, written))
 
     def _once(self, runs: Runs, recipe: Path) -> None:
         usage, report, _ = self.ours(recipe)
@@ -148,7 +148,7 @@ class Bench:
                 written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
                 shutil.rmtree(out)
                 measure.settle(self.work)
-            row = runs.row(self.shape, case.method, "mergekit", state, case.input_bytes + written)
+            row = runs.row(self.shape, case.method, "mergekit", state, (case.input_bytes, written))
             mine = next((r.wall_seconds["p50"] for r in ours if r.state == state), None)
             yield Row(**{**asdict(row), "speedup": row.wall_seconds["p50"] / mine if mine else None})
 

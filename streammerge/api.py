@@ -69,16 +69,19 @@ def plan(
         BudgetTooSmall: the merge does not fit; `least` would do.
     """
     _check_device(device)
+    _check_numbers(threads, seed)
+    limits = Limits(
+        ram=default_ram() if ram is None else _size("--ram", ram),
+        threads=threads or cores(),
+        device="cpu",
+        shard_size=None if shard_size is None else _size("--shard-size", shard_size),
+        seed=seed,
+    )
+    if vram is not None:
+        _size("--vram", vram)
     parsed, near = _load(recipe)
     checkpoints = {name: Checkpoint.open(locate(name, near)) for name in parsed.references}
     resolution = resolve(parsed, checkpoints, methods.find)
-    limits = Limits(
-        ram=default_ram() if ram is None else parse_size(ram),
-        threads=threads or cores(),
-        device="cpu",
-        shard_size=None if shard_size is None else parse_size(shard_size),
-        seed=seed,
-    )
     return make_plan(parsed, resolution, checkpoints, limits)
 
 
@@ -105,7 +108,7 @@ def merge(
         reader: how files are read; the result does not depend on it.
         progress: called with `Progress` as bytes move.
         cancel: stops the work when it is set; what was done is kept.
-        options: those of `plan`.
+        options: those of `plan`; none beside a plan, which has them already.
 
     Returns:
         The report: measured figures, and the plan's under "predicted".
@@ -113,11 +116,12 @@ def merge(
     Raises:
         what `plan` raises; OutputExists; MachineError (disk full, I/O error); Interrupted.
     """
-    target = Path(os.path.abspath(out))
-    if target.exists() and not overwrite:
-        raise OutputExists(f"{out}: exists; --overwrite replaces it")
+    if isinstance(recipe, Plan) and options:
+        raise TypeError(f"a plan has its {', '.join(options)} already; give the options to plan()")
+    target = check_out(out, overwrite)
     with Watcher() as watcher:
         made = recipe if isinstance(recipe, Plan) else plan(recipe, **options)
+        _check_apart(target, made)
         partial = target.with_name(target.name + ".partial")
         if resume and _is_complete(partial, made):
             into_place(partial, target, overwrite)  # killed between the last sync and the rename
@@ -147,6 +151,39 @@ def merge(
     }
     writer.publish(files, copies, json.dumps(manifest, indent=1).encode(), overwrite)
     return report
+
+
+def check_out(out: str | Path, overwrite: bool = False) -> Path:
+    """The absolute path of an output folder, if a merge may make it.
+
+    Raises:
+        OutputExists: it is there already, or holds what no merge wrote.
+        RecipeError: no folder can be made there.
+    """
+    target = Path(os.path.abspath(out))
+    try:
+        if not os.fspath(out) or os.path.dirname(target) == str(target):
+            raise RecipeError(f"OUT is {str(out)!r}; name the folder to make")
+        above = next(folder for folder in target.parents if folder.exists())
+        if not above.is_dir():
+            raise RecipeError(f"{out}: {above} is a file; choose another folder")
+        if target.exists() and not overwrite:
+            raise OutputExists(f"{out}: exists; --overwrite replaces it")
+        if target.exists() and not ((target / MANIFEST).exists() or (target.is_dir() and not any(target.iterdir()))):
+            raise OutputExists(
+                f"{out}: --overwrite replaces what streammerge wrote and nothing else; remove it yourself"
+            )
+    except OSError as error:
+        raise RecipeError(f"{out}: {error.strerror}; choose another folder") from error
+    return target
+
+
+def _check_apart(target: Path, made: Plan) -> None:
+    """Refuse to write where an input lies: it would be gone."""
+    for folder in (target, target.with_name(target.name + ".partial")):
+        for checkpoint in made.inputs:
+            if folder.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
+                raise RecipeError(f"{target}: the input {checkpoint.path} lies there; choose another folder")
 
 
 def _work(run: Run, writer: Writer, strict: bool, cancel: Token | None) -> None:
@@ -184,6 +221,8 @@ def stream(
     The tensor that is handed out and the one being made come on top of the budget's two rings; the budget counts
     the largest of them twice.
 
+    A dtype that torch lacks (F6_E2M3 and its like) comes as flat bytes.
+
     Args:
         recipe, options: as for `plan`.
 
@@ -201,10 +240,21 @@ def stream(
             sink = MemorySink(made)
             for index in run.results(sink):
                 job = made.tensors[index].job
-                dtype = getattr(torch, DTYPES[job.dtype].torch or "uint8")
-                yield job.name, torch.from_numpy(sink.take(index)).view(dtype).reshape(job.shape)
+                yield job.name, _shaped(torch.from_numpy(sink.take(index)), job.dtype, job.shape)
     finally:
         run.close()
+
+
+def _shaped(raw: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor's bytes in its dtype and shape; flat bytes where torch has no such dtype, pairs of F4 as torch does."""
+    import torch
+
+    known = getattr(torch, DTYPES[dtype].torch or "", None)
+    if known is None:
+        return raw
+    if DTYPES[dtype].bits < 8:
+        shape = (*shape[:-1], shape[-1] * DTYPES[dtype].bits // 8)
+    return raw.view(known).reshape(shape)
 
 
 def merge_state_dicts(
@@ -222,25 +272,28 @@ def merge_state_dicts(
     Args:
         models: the experts, each a mapping of names to tensors.
         method: a method's name.
-        base: the base model, for methods that need one.
+        base: the base model, for methods that merge relative to one.
         parameters: by their recipe names; per-model ones as one value or a list with one for each model.
         dtype: of the result ("bfloat16"); that of the base, or of the first model, if left out.
 
     Raises:
-        RecipeError: unknown method or parameter, too few or too many models, or a base is missing.
+        RecipeError: unknown method or parameter, too few or too many models, a base is missing or not wanted.
         CheckpointError: a tensor is missing in a model, or shapes differ.
     """
+    _check_numbers(threads, seed)
     cls = methods.find(method)
     values = recipes.check_parameters(cls, method, parameters or {}, len(models))
     if cls.needs_base and base is None:
         raise RecipeError(f"{method} needs a base")
+    if cls.base_is_expert and base is not None:
+        raise RecipeError(f"{method} takes no base; give it as one of the models")
     made = methods.build(cls, values)
     if not isinstance(made, methods.TileMethod):
         raise RecipeError(f"{method} is a {made.sees} method; merge_state_dicts runs tile methods")
     crew = Crew(threads or cores())
     try:
         stored = None if dtype is None else from_recipe(dtype)
-        return merge_tensors(made, models, None if cls.base_is_expert else base, stored, crew, seed)
+        return merge_tensors(made, models, base, stored, crew, seed)
     finally:
         crew.close()
 
@@ -349,9 +402,25 @@ def _load(recipe: RecipeLike) -> tuple[recipes.Recipe, list[Path]]:
 
 def _check_device(device: str) -> None:
     if device not in DEVICES:
-        raise RecipeError(
-            f"--device {device}: only the CPU pipeline is built; use one of {', '.join(DEVICES)}"
-        )
+        raise RecipeError(f"--device {device}: only the CPU pipeline is built; use one of {', '.join(DEVICES)}")
+
+
+def _check_numbers(threads: int, seed: int) -> None:
+    if threads < 0:
+        raise RecipeError(f"--threads {threads}: give the number of threads, 0 for all processors")
+    if not 0 <= seed < 1 << 64:
+        raise RecipeError(f"--seed {seed}: give a number from 0 to 2^64 - 1")
+
+
+def _size(option: str, given: str | int) -> int:
+    """The bytes that an option asks for."""
+    try:
+        found = parse_size(given)
+    except RecipeError as error:
+        raise RecipeError(f"{option}: {error}") from None
+    if found < 1:
+        raise RecipeError(f"{option} {given}: must be more than nothing; write it as 4GiB, 4GB or 500M")
+    return found
 
 
 def _asks(cancel: Token | None) -> Callable[[], bool]:

@@ -135,8 +135,11 @@ class Survey(ABC):
     def settle(self, partials: Sequence[Any]) -> bool:
         """Take in one round's partial answers, in tile order. False asks for another round."""
 
-    def ranks(self, tile: Tile) -> npt.NDArray[np.int64] | None:
-        """Counts whose running sum over earlier tiles `merge` needs as `tile.ranks`; None if it needs none."""
+    def ranks(self, tile: Tile, before: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
+        """Counts whose running sum over earlier tiles `merge` needs as `tile.ranks`; None if it needs none.
+
+        `before` is a running sum that this tile's is at least: what is beyond interest there need not be counted.
+        """
         return None
 
 

@@ -95,9 +95,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def sparse(
-    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], lead: int = 0, mark: bytes = b""
-) -> Path:
+def sparse(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], lead: int = 0, mark: bytes = b"") -> Path:
     """A file of zeros that takes hardly any room on the disk.
 
     `lead` spaces before the data put it off its alignment; `mark` stands at every mebibyte of the data.

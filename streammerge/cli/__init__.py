@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+import traceback
 from typing import Any
 
 import click
 
 from streammerge import __version__
-from streammerge.errors import BudgetTooSmall, StreamMergeError
+from streammerge.errors import BudgetTooSmall, Interrupted, MachineError, StreamMergeError
 
 COMMANDS = {
     "merge": "merging",
@@ -20,6 +23,7 @@ COMMANDS = {
     "methods": "looking",
     "demo": "looking",
 }
+CLOSED = 141  # what a shell says of a program whose reader has seen enough (| head)
 
 
 class Lazy(click.Group):
@@ -36,6 +40,18 @@ class Lazy(click.Group):
         command: click.Command = getattr(import_module(f"streammerge.cli.{COMMANDS[name]}"), name)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what stops it from outside is told here, before click has its own say."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped") from None
+        except BrokenPipeError:
+            raise SystemExit(CLOSED) from None
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+            raise MachineError(f"{what}; mend it and run the same command again") from error
+
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="streammerge")
@@ -44,45 +60,54 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; every failure is one line on stderr and an exit code, a traceback only with --debug."""
-    arguments = sys.argv[1:]
+    """Run the command line; every failure is one line on stderr and an exit code, a traceback too with --debug."""
+    arguments = sys.argv[1:] or ["--help"]
     try:
         code = cli.main(arguments, standalone_mode=False)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
-        fail(arguments, error.format_message(), 2, type(error).__name__)
-        code = 2
+        code = fail(arguments, _usage(error), 2, "UsageError")
     except (KeyboardInterrupt, click.Abort):
-        fail(arguments, "stopped", 130, "Interrupted")
-        code = 130
+        code = fail(arguments, "stopped", 130, "Interrupted")
     except StreamMergeError as error:
-        if "--debug" in arguments:
-            raise
         least = error.least if isinstance(error, BudgetTooSmall) else None
-        fail(arguments, str(error), error.exit_code, type(error).__name__, least)
-        code = error.exit_code
-    except BrokenPipeError:
-        code = 0  # whoever read our output has seen enough
+        code = fail(arguments, str(error), error.exit_code, type(error).__name__, least)
+    except SystemExit:  # standard output was closed
+        code = CLOSED
+        _drop_output()
     except Exception as error:
-        if "--debug" in arguments:
-            raise
-        fail(
-            arguments,
-            f"internal error: {type(error).__name__}: {error}; --debug shows where",
-            1,
-            "InternalError",
-        )
-        code = 1
+        line = f"internal error: {type(error).__name__}: {error}; --debug shows where"
+        code = fail(arguments, line, 1, "InternalError")
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def fail(arguments: list[str], message: str, code: int, kind: str, least: int | None = None) -> None:
-    """One line on stderr, in red on a terminal; with --json an object on stdout."""
-    line = " ".join(message.split())
+def _usage(error: click.ClickException) -> str:
+    """What click has to say about the words of a command, and where the right ones are listed."""
+    context = getattr(error, "ctx", None)
+    command = "streammerge" if context is None or context.parent is None else f"streammerge {context.info_name}"
+    return f"{error.format_message().rstrip('.')}; {command} --help lists what there is"
+
+
+def fail(arguments: list[str], message: str, code: int, kind: str, least: int | None = None) -> int:
+    """One line on stderr, in red on a terminal; with --json an object on stdout; with --debug where it happened."""
+    if "--debug" in arguments:
+        traceback.print_exc()
+    line = " ".join(message.splitlines())
     if "--json" in arguments:
         body: dict[str, Any] = {"error": {"kind": kind, "message": line, "exit_code": code}}
         if least is not None:
             body["error"]["least_bytes"] = least
-        click.echo(json.dumps(body))
-    click.secho(f"streammerge: {line}", err=True, fg="red" if sys.stderr.isatty() else None)
+        try:
+            click.echo(json.dumps(body))
+        except OSError:
+            _drop_output()
+    with contextlib.suppress(OSError):
+        click.secho(f"streammerge: {line}", err=True, fg="red" if sys.stderr.isatty() else None)
+    return code
+
+
+def _drop_output() -> None:
+    """Nothing more can be written to standard output; what waits in its buffer goes nowhere, without a complaint."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
@@ -26,12 +27,12 @@ def inspect(model: str, as_json: bool, debug: bool) -> None:
         click.echo(json.dumps(body))
         return
     rows = [
-        [e["name"], e["dtype"], "x".join(map(str, e["shape"])), human(e["bytes"]), e["shard"]]
-        for e in body["entries"]
+        [e["name"], e["dtype"], "x".join(map(str, e["shape"])), human(e["bytes"]), e["shard"]] for e in body["entries"]
     ]
     show.table(None, ["tensor", "dtype", "shape", "size", "shard"], rows, right=[3])
     kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in body["dtypes"].items())
-    click.echo(f"{body['tensors']} tensors, {kinds}, {human(body['bytes'])} in {body['shards']} shards")
+    total = f"{show.count(body['tensors'], 'tensor')}, {kinds}, {human(body['bytes'])}"
+    click.echo(f"{total} in {show.count(body['shards'], 'shard')}")
 
 
 @click.command()
@@ -45,18 +46,22 @@ def diff(one: str, other: str, as_json: bool, debug: bool) -> None:
     changed = [row for row in found if row["state"] == "changed"]
     odd = [row for row in found if row["state"] not in ("changed", "same")]
     if as_json:
-        click.echo(
-            json.dumps({"same": len(found) - len(changed) - len(odd), "changed": len(changed), "rows": found})
-        )
+        rows = [{key: _finite(value) for key, value in row.items()} for row in found]
+        body = {"same": len(found) - len(changed) - len(odd), "changed": len(changed), "odd": len(odd), "rows": rows}
+        click.echo(json.dumps(body))
         return
     if changed:
-        rows = [[row["name"], *_figures(row)] for row in changed]
-        show.table(None, ["tensor", "elements changed", "|b-a| / |a|", "largest"], rows, right=[1, 2, 3])
+        table = [[row["name"], *_figures(row)] for row in changed]
+        show.table(None, ["tensor", "elements changed", "|b-a| / |a|", "largest"], table, right=[1, 2, 3])
     for row in odd:
         click.echo(f"{row['name']}: {row['state']}")
-    click.echo(
-        f"{len(changed)} tensors changed, {len(found) - len(changed) - len(odd)} the same, {len(odd)} do not match"
-    )
+    same = len(found) - len(changed) - len(odd)
+    click.echo(f"{show.count(len(changed), 'tensor')} changed, {same} the same, {len(odd)} without a match")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figures(row: dict[str, Any]) -> list[str]:
@@ -75,11 +80,9 @@ def verify(ctx: click.Context, out: str, as_json: bool, debug: bool) -> None:
     if as_json:
         click.echo(json.dumps(body))
     elif not body["bad"]:
-        click.echo(f"{out}: {body['shards']} shards, {human(body['bytes'])}, all as written")
+        click.echo(f"{out}: {show.count(body['shards'], 'shard')}, {human(body['bytes'])}, all as written")
     for name in body["bad"]:
-        click.secho(
-            f"streammerge: {out}: shard {name} is missing or differs from its manifest; merge again", err=True
-        )
+        click.secho(f"streammerge: {out}: shard {name} is missing or differs from its manifest; merge again", err=True)
     ctx.exit(2 if body["bad"] else 0)
 
 
@@ -91,32 +94,24 @@ def methods(name: str | None, as_json: bool, debug: bool) -> None:
     """List the merge methods, or show one with its parameters."""
     rows = api.describe_methods(name)
     if as_json:
-        click.echo(json.dumps(rows))
+        click.echo(json.dumps(rows[0] if name else {"methods": rows}))
     elif name is None:
-        shown = [
-            [r["name"], r["summary"], ", ".join(p["name"] for p in r["parameters"]), r["source"]]
-            for r in rows
-        ]
+        shown = [[r["name"], r["summary"], ", ".join(p["name"] for p in r["parameters"]), r["source"]] for r in rows]
         show.table(None, ["method", "what it does", "parameters", "source"], shown)
     else:
         (row,) = rows
         click.echo(f"{row['name']}: {row['summary']}")
-        click.echo(
-            f"source: {row['source']}; sees one {row['sees']} at a time; base_model {row['base_model']}"
-        )
+        click.echo(f"source: {row['source']}; sees one {row['sees']} at a time; base_model {row['base_model']}")
         click.echo(f"kernels: {', '.join(row['kernels'])}")
         shown = [
-            [p["name"], _default(p), "per model" if p["per_expert"] else "", p["meaning"]]
-            for p in row["parameters"]
+            [p["name"], _default(p), "per model" if p["per_expert"] else "", p["meaning"]] for p in row["parameters"]
         ]
         show.table(None, ["parameter", "default", "", "meaning"], shown)
 
 
 def _default(parameter: dict[str, Any]) -> str:
     value = parameter["default"]
-    return (
-        "needed" if parameter["required"] else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    return "needed" if parameter["required"] else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @click.command()

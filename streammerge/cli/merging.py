@@ -19,21 +19,15 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.argument("recipe", type=click.Path(exists=True, dir_okay=False)),
-            click.option(
-                "--ram", help="Host memory the run may hold, as 4GiB; 80 % of what is free if left out."
-            ),
+            click.option("--ram", help="Host memory the run may hold, as 4GiB; 80 % of what is free if left out."),
             click.option("--vram", help="Device memory the run may hold; without a device it has no effect."),
             click.option("--device", default="auto", show_default=True, help="auto or cpu."),
-            click.option(
-                "--threads", default=0, help="Threads for the arithmetic; all processors if left out."
-            ),
+            click.option("--threads", default=0, help="Threads for the arithmetic; all processors if left out."),
             click.option(
                 "--shard-size",
                 help="Bytes of tensors in an output shard, as 5GB; the base's shards if left out.",
             ),
-            click.option(
-                "--seed", default=0, show_default=True, help="Seed of the methods that draw random numbers."
-            ),
+            click.option("--seed", default=0, show_default=True, help="Seed of the methods that draw random numbers."),
             click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
             click.option("--debug", is_flag=True, help="Show tracebacks."),
         )
@@ -84,6 +78,7 @@ def merge(
     OUT appears when it is complete. Until then the work lies in OUT.partial; the same command takes it up again.
     """
     token = _Signals()
+    api.check_out(out, overwrite)
     made = api.plan(recipe, **options)
     if not quiet and not as_json:
         show.plan(made)

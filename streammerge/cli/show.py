@@ -9,29 +9,28 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from streammerge.budget import human
 
+WIDTH = 200  # columns of a table in a pipe, at least
+
 
 def console() -> Console:
-    """Standard output; as wide as it needs to be in a pipe."""
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    """Standard output; as wide as it needs to be in a pipe. Names of files and tensors are never markup."""
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
 
 
-def table(
-    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
-) -> None:
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """A plain table; columns listed in `right` are numbers."""
     grid = Table(title=title, box=None, title_justify="left", pad_edge=False, header_style="bold")
     for number, name in enumerate(columns):
-        grid.add_column(
-            name, justify="right" if number in right else "left", overflow="fold", no_wrap=number in right
-        )
+        grid.add_column(name, justify="right" if number in right else "left", overflow="fold", no_wrap=number in right)
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))
     out = console()
     if not sys.stdout.isatty():
-        out = Console(width=200, highlight=False)
+        out = Console(width=max(WIDTH, *(sum(map(len, row)) + 2 * len(row) for row in (columns, *rows))))
     out.print(grid)
 
 
@@ -40,7 +39,17 @@ def lines(rows: Sequence[tuple[str, str, str]]) -> None:
     out = console()
     width = max(len(figure) for _, figure, _ in rows)
     for word, figure, note in rows:
-        out.print(f"{word:<7}{figure:<{width + 3}}[dim]{note}[/dim]".rstrip())
+        out.print(Text.assemble(f"{word:<7}{figure:<{width + 3}}", (note, "dim")))
+
+
+def note(text: str) -> None:
+    """Something the user should know."""
+    console().print(Text.assemble(("note   ", "yellow"), text))
+
+
+def count(number: int, noun: str) -> str:
+    """1 shard, 2 shards."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -63,24 +72,24 @@ def plan(made: Any) -> None:
             (
                 body["method"],
                 "",
-                f"{inputs} checkpoints, {body['tensors']} tensors, plan {body['digest'][:12]}",
+                f"{count(inputs, 'checkpoint')}, {count(body['tensors'], 'tensor')}, plan {body['digest'][:12]}",
             ),
             (
                 "read",
                 human(body["read_bytes"]),
-                f"{passes}, {body['steps']} steps of up to {human(body['step_bytes'])}",
+                f"{passes}, {count(body['steps'], 'step')} of up to {human(body['step_bytes'])}",
             ),
             ("hold", human(body["ram_peak_bytes"]), f"at most, budget {human(body['ram_budget_bytes'])}"),
             (
                 "write",
                 human(body["write_bytes"]),
-                f"{body['shards']} shards, {duration(body['seconds'])} at 1 GB/s",
+                f"{count(body['shards'], 'shard')}, {duration(body['seconds'])} at 1 GB/s",
             ),
-            ("with", kernels, f"on {body['device']}, {made.threads} threads"),
+            ("with", kernels, f"on {body['device']}, {count(made.threads, 'thread')}"),
         ]
     )
     for warning in body["warnings"]:
-        console().print(f"[yellow]note[/yellow]   {warning}")
+        note(warning)
 
 
 def report(body: dict[str, Any], out: str) -> None:
@@ -94,17 +103,14 @@ def report(body: dict[str, Any], out: str) -> None:
             human(body["ram_peak_bytes"]),
             f"{human(promised['ram_peak_bytes'])} predicted, budget {human(body['ram_budget_bytes'])}",
         ),
-        ("wrote", human(body["write_bytes"]), f"{body['shards']} shards in {out}"),
+        ("wrote", human(body["write_bytes"]), f"{count(body['shards'], 'shard')} in {out}"),
         ("took", duration(body["seconds"]), rate),
     ]
     lines(rows)
-    screen = console()
-    if body["copied_tensors"]:
-        screen.print(f"note   {body['copied_tensors']} tensors are the same in all inputs and were copied")
+    if copied := body["copied_tensors"]:
+        note(f"{count(copied, 'tensor')} the same in all inputs, copied")
     for found in body["nonfinite"]:
-        screen.print(
-            f"[yellow]note[/yellow]   {found['file']}: tensor {found['tensor']!r} holds {found['holds']}"
-        )
+        note(f"{found['file']}: tensor {found['tensor']!r} holds {found['holds']}")
 
 
 @contextmanager
@@ -120,7 +126,7 @@ def progress(made: Any, silent: bool) -> Iterator[Callable[[Any], None] | None]:
         TextColumn("{task.percentage:>3.0f}%  {task.fields[moved]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[tensor]}[/dim]"),
+        TextColumn("{task.fields[tensor]}", style="dim", markup=False),
         console=Console(stderr=True),
         transient=True,
     )
@@ -130,9 +136,7 @@ def progress(made: Any, silent: bool) -> Iterator[Callable[[Any], None] | None]:
         def tell(now: Any) -> None:
             elapsed = bar.tasks[0].elapsed or 1e-9
             moved = now.read_bytes + now.written_bytes
-            text = (
-                f"{human(now.written_bytes)} of {human(now.written_total)}, {moved / elapsed / 1e9:.2f} GB/s"
-            )
+            text = f"{human(now.written_bytes)} of {human(now.written_total)}, {moved / elapsed / 1e9:.2f} GB/s"
             bar.update(task, completed=now.written_bytes, moved=text, tensor=now.tensor)
 
         yield tell

@@ -31,7 +31,10 @@ STEP, RING = 16 * MIB, 64 * MIB
 
 @dataclass
 class Change:
-    """How one tensor differs; `relative` and `largest` are None where no arithmetic is defined."""
+    """How one tensor differs; `relative` and `largest` are None where no arithmetic is defined.
+
+    Where an element is NaN so are they; `relative` is infinite where a is zero and b is not.
+    """
 
     name: str
     dtype: str
@@ -45,7 +48,9 @@ class Change:
 def compare(one: Checkpoint, other: Checkpoint) -> Iterator[Change]:
     """Every tensor that both hold with the same dtype and shape, in the first one's order."""
     pairs = [(spec, other.tensors[name]) for name, spec in one.tensors.items() if name in other.tensors]
-    pairs = [(a, b) for a, b in pairs if (a.dtype, a.shape) == (b.dtype, b.shape) and a.nbytes]
+    pairs = [(a, b) for a, b in pairs if (a.dtype, a.shape) == (b.dtype, b.shape)]
+    yield from (Change(a.name, a.dtype, a.shape) for a, _ in pairs if not a.nbytes)
+    pairs = [(a, b) for a, b in pairs if a.nbytes]
     if not pairs:
         return
     method: Any = build(find("passthrough"), {})
@@ -84,7 +89,7 @@ class _Sums:
     def __init__(self) -> None:
         self.changed = self.numel = 0
         self.squares: list[np.ndarray[Any, Any]] = []
-        self.largest = 0.0
+        self.largest = np.uint32(0)  # the bits of |b - a|, which rank as their values do, NaN last
 
     def take(self, one: np.ndarray[Any, Any], other: np.ndarray[Any, Any], spec: TensorSpec) -> None:
         width = max(1, DTYPES[spec.dtype].bits // 8)
@@ -103,14 +108,14 @@ class _Sums:
         self.squares.append(partials)
         keys = np.empty(same.size, np.uint32)
         kernel.call("magnitude_histogram", "keys", a, b, keys)
-        self.largest = max(self.largest, float(keys.max(initial=0).view(np.float32)))
+        self.largest = max(self.largest, keys.max(initial=0))
 
     def change(self, spec: TensorSpec) -> Change:
         change = Change(spec.name, spec.dtype, spec.shape, self.changed, self.numel)
         if self.squares:
             norm, distance = (math.sqrt(math.fsum(column)) for column in np.concatenate(self.squares).T)
             change.relative = distance / norm if norm else (0.0 if not distance else math.inf)
-            change.largest = self.largest
+            change.largest = float(self.largest.view(np.float32))
         return change
 
 

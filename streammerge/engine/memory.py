@@ -50,7 +50,7 @@ def _merge(
     import torch
 
     first = anchor[name]
-    if not DTYPES[_dtype(first)].floating:
+    if not _is_floating(first):
         return first.detach().cpu().clone()
     experts = [_input(model, name, first, f"model {number}") for number, model in enumerate(models)]
     root = None if base is None else _input(base, name, first, "the base")
@@ -79,12 +79,16 @@ def _input(model: Mapping[str, Tensor], name: str, first: Tensor, who: str) -> T
         raise CheckpointError(f"{who} has no tensor {name!r}")
     tensor = model[name].detach().cpu().contiguous()
     if tensor.shape != first.shape:
-        raise CheckpointError(
-            f"{who}: tensor {name!r} has shape {list(tensor.shape)}, another {list(first.shape)}"
-        )
-    if not DTYPES[_dtype(tensor)].floating:
+        raise CheckpointError(f"{who}: tensor {name!r} has shape {list(tensor.shape)}, another {list(first.shape)}")
+    if not _is_floating(tensor):
         raise CheckpointError(f"{who}: tensor {name!r} is {tensor.dtype}, no arithmetic is defined on it")
     return tensor
+
+
+def _is_floating(tensor: Tensor) -> bool:
+    """Whether a merge can compute on it; torch has dtypes that no file holds, and those it cannot."""
+    name = _NAMES.get(str(tensor.dtype).removeprefix("torch."))
+    return name is not None and DTYPES[name].floating
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -18,10 +18,11 @@ import numpy.typing as npt
 from streammerge import kernel
 from streammerge.formats.dtypes import DTYPES
 from streammerge.kernels.numerics import Span
-from streammerge.method import SAMPLE, SLICES, Flags, Survey, Tile, TileMethod
+from streammerge.method import SLICES, Flags, Survey, Tile, TileMethod
 
 T = TypeVar("T")
 PART = 1 << 18  # elements that a thread takes at once, at least: work that outweighs handing it over
+RESIDENT_SAMPLE = 1 << 17  # elements of a sample of resident tiles
 ROUNDS = 8  # no survey needs more; one that does is a bug, not a slow tensor
 
 
@@ -69,14 +70,14 @@ def settle_in_memory(crew: Crew, method: TileMethod, survey: Survey, tiles: Sequ
 
 
 def _sample(tiles: Sequence[Tile]) -> list[Tile]:
-    """Slices spread evenly over resident tiles; all of a small tensor."""
+    """Slices spread evenly over resident tiles; all of a small tensor. A second look is cheap here, sorting is not."""
     total = sum(tile.numel for tile in tiles)
-    if total <= SAMPLE:
+    if total <= RESIDENT_SAMPLE:
         return list(tiles)
     picked = []
     for tile in tiles:
         slices = max(2, SLICES * tile.numel // total)
-        size = min(tile.numel, SAMPLE * tile.numel // total) // slices
+        size = min(tile.numel, RESIDENT_SAMPLE * tile.numel // total) // slices
         starts = (at * (tile.numel - size) // (slices - 1) for at in range(slices))
         picked += [tile.part(start, start + size) for start in starts]
     return picked
@@ -119,7 +120,8 @@ class Merger:
         """Give every part the ranks of what lies before it."""
         if self._survey is None:
             return
-        for part, found in zip(parts, self._crew.each(self._survey.ranks, parts), strict=True):
+        survey, before = self._survey, self._ranks
+        for part, found in zip(parts, self._crew.each(lambda part: survey.ranks(part, before), parts), strict=True):
             if found is not None:
                 self._ranks = np.zeros_like(found) if self._ranks is None else self._ranks
                 part.ranks, self._ranks = self._ranks, self._ranks + found

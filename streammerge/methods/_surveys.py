@@ -105,6 +105,7 @@ class TrimSurvey(Survey):
         self._bins = _bins(numel, windows)
         self._numel = numel
         self._open: dict[tuple[int, int], Bracket] = {}  # (expert, rank) -> where its key may be
+        self._likely: dict[tuple[int, int], int] = {}  # (expert, rank) -> the key that the sample suggests
         self._found: dict[tuple[int, int], Found] = {}
         for expert, window in enumerate(self._windows):
             for rank in window.ranks():
@@ -115,6 +116,7 @@ class TrimSurvey(Survey):
         self._norms = rescale
         self.rescale = np.ones(len(self._windows))
         self.trims = np.zeros((len(self._windows), 6), np.int64)
+        self._cuts = np.zeros((len(self._windows), 2), bool)  # bounds at which ties must be ranked
 
     def sample(self, tiles: Sequence[Tile]) -> None:
         ends = np.cumsum([0, *(tile.numel for tile in tiles)])
@@ -125,6 +127,7 @@ class TrimSurvey(Survey):
             keys.sort()
             for rank in self._windows[expert].ranks():
                 self._open[expert, rank] = self._guess(keys, rank)
+                self._likely[expert, rank] = int(keys[min(keys.size - 1, rank * keys.size // self._numel)])
 
     def _guess(self, keys: npt.NDArray[np.uint32], rank: int) -> Bracket:
         """A bracket that holds the key of a rank almost surely; all of it if the sample is the tensor."""
@@ -151,7 +154,7 @@ class TrimSurvey(Survey):
             with self._lock:
                 mine = self._idle.pop() if self._idle else {key: _histogram(b) for key, b in self._open.items()}
             for (expert, rank), bracket in self._open.items():
-                where = (bracket.low, bracket.shift, *mine[expert, rank])
+                where = (bracket.low, bracket.shift, *mine[expert, rank], self._likely.get((expert, rank), -1))
                 kernel.run("magnitude_histogram", tile.base, tile.experts[expert], *where)
             with self._lock:
                 self._idle.append(mine)
@@ -173,6 +176,7 @@ class TrimSurvey(Survey):
         for expert, window in enumerate(self._windows):
             mine = {rank: found for (who, rank), found in self._found.items() if who == expert}
             self.trims[expert] = window.bounds(mine)
+            self._cuts[expert] = [self._split(expert, side) for side in (0, 1)]
         return not self._norms
 
     def _answer(self, bracket: Bracket, found: Histogram, rank: int) -> Bracket | Found:
@@ -210,28 +214,23 @@ class TrimSurvey(Survey):
             self.rescale[expert] = _ratio(whole[expert], kept)
         return True
 
-    def ranks(self, tile: Tile) -> npt.NDArray[np.int64] | None:
-        cut = [(t[2] - t[1], t[5] - t[4]) for t in self.trims]
-        if not any(low or high for low, high in cut):
+    def ranks(self, tile: Tile, before: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
+        """[experts, 2] elements that tie at the lower and the upper bound, where some of these stay and some go."""
+        if not self._cuts.any():
             return None
-        counts = np.zeros((len(cut), 2), np.int64)
-        for expert, (trim, (low, high)) in enumerate(zip(self.trims, cut, strict=True)):
-            for side, key in ((0, trim[0] if low else None), (1, trim[3] if high else None)):
-                if key is not None and self._splits(expert, int(key)):
-                    counts[expert, side] = kernel.call(
-                        "magnitude_histogram", "count_equal", tile.base, tile.experts[expert], int(key)
-                    )
+        counts = np.zeros((len(self._windows), 2), np.int64)
+        for expert, side in np.argwhere(self._cuts):
+            last = self.trims[expert, 3 * side + 2]
+            if before is None or before[expert, side] < last:  # later ones all lie beyond what stays
+                key = int(self.trims[expert, 3 * side])
+                counts[expert, side] = kernel.call("magnitude_histogram", "count_equal", tile.base, tile.experts[expert], key)
         return counts
 
-    def _splits(self, expert: int, key: int) -> bool:
-        """Whether some elements that tie at a key stay and some go; if all do the same, nobody need count them."""
-        for (who, _), found in self._found.items():
-            if who == expert and found.key == key:
-                low, first, last, high, high_first, high_last = self.trims[expert]
-                part = (last - first) if low == key else (high_last - high_first)
-                if part != found.equal or low == high:
-                    return True
-        return False
+    def _split(self, expert: int, side: int) -> bool:
+        """Whether some elements that tie at a bound stay and some go; if all do the same, nobody need count them."""
+        key, first, last = (int(value) for value in self.trims[expert, 3 * side : 3 * side + 3])
+        equal = next((f.equal for (who, _), f in self._found.items() if who == expert and f.key == key), 0)
+        return last - first not in (0, equal) or int(self.trims[expert, 0]) == int(self.trims[expert, 3])
 
 
 def _histogram(bracket: Bracket) -> Histogram:

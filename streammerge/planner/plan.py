@@ -190,7 +190,7 @@ def _cut(tensors: Sequence[PlannedTensor], free: int, held: int, threads: int) -
         if ring + out + extra <= free:
             break
         if step == smallest:
-            least = held + ring + out + extra
+            least = held + ring + out + extra + MIB  # another process may hold a little more than this one
             raise BudgetTooSmall(
                 f"this merge needs at least {human(round_up(least, MIB))} of memory and {human(held + free)} are "
                 f"allowed; give --ram {round_up(least, MIB) // MIB}MiB or more",

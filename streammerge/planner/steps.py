@@ -92,9 +92,7 @@ def itemsize(spec: TensorSpec) -> int:
     return max(1, DTYPES[spec.dtype].bits // 8)
 
 
-def lay_out(
-    tensors: Sequence[PlannedTensor], pieces: Sequence[Piece]
-) -> tuple[list[Extent], list[Piece], int]:
+def lay_out(tensors: Sequence[PlannedTensor], pieces: Sequence[Piece]) -> tuple[list[Extent], list[Piece], int]:
     """Give every input of every piece its place in one slot; neighbours in a file become one extent.
 
     Returns the extents, the pieces with their offsets, and the bytes in all. An input that a piece names twice (the
@@ -214,7 +212,7 @@ def surveyed_steps(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> It
 
 
 def is_resident(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> bool:
-    """Whether all inputs of a tensor fit the ring at once, wherever it stands: the wrap-around wastes part of a step."""
+    """Whether all inputs of a tensor fit the ring at once, wherever it stands: wrapping around wastes part of one."""
     tensor = tensors[index]
     count = sum(1 for _ in tiles(tensor, cut))
     return tensor.numel * tensor.width + count * len(tensor.inputs) * 2 * PAGE + cut.step <= cut.resident
@@ -246,9 +244,7 @@ def sample_bytes(tensor: PlannedTensor) -> int:
     return min(SAMPLE, tensor.numel) * tensor.width + SLICES * len(tensor.inputs) * 2 * PAGE
 
 
-def tiles(
-    tensor: PlannedTensor, cut: Cut, start: int = 0, room: int | None = None
-) -> Iterator[tuple[int, int]]:
+def tiles(tensor: PlannedTensor, cut: Cut, start: int = 0, room: int | None = None) -> Iterator[tuple[int, int]]:
     """[first, last) pairs that cover a tensor from `start` on, cut at multiples of its method's grain.
 
     The first pair takes `room` elements if it is given and holds at least one grain: what is left of a slot.

@@ -43,6 +43,7 @@ class Writer:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MachineError(f"{self.partial}: cannot be made: {error.strerror}") from error
+        self._digest = digest
         self._journal = journal.Journal(self.partial, digest)
         self.hashes: dict[str, str] = {}
         self._done: dict[str, int] = {}
@@ -234,19 +235,26 @@ class Writer:
 
     def publish(self, files: dict[str, bytes], copies: Sequence[Path], manifest: bytes, overwrite: bool) -> None:
         """Complete the folder (small files, copies, manifest last) and rename it into place."""
-        with self._machine():
-            for source in copies:
-                shutil.copyfile(source, self.partial / source.name)
-            for name, data in files.items():
-                (self.partial / name).write_bytes(data)
-            for name in [*files, *(source.name for source in copies)]:
-                sync_path(self.partial / name)
-            (self.partial / (MANIFEST + ".new")).write_bytes(manifest)
-            sync_path(self.partial / (MANIFEST + ".new"))
-            os.replace(self.partial / (MANIFEST + ".new"), self.partial / MANIFEST)
-            sync_path(self.partial)
-            (self.partial / journal.NAME).unlink()
-            into_place(self.partial, self._out, overwrite)
+        held = journal.Journal(self.partial, self._digest)
+        try:
+            with self._machine():
+                self._complete(files, copies, manifest)
+                into_place(self.partial, self._out, overwrite)
+        finally:
+            held.close()
+
+    def _complete(self, files: dict[str, bytes], copies: Sequence[Path], manifest: bytes) -> None:
+        for source in copies:
+            shutil.copyfile(source, self.partial / source.name)
+        for name, data in files.items():
+            (self.partial / name).write_bytes(data)
+        for name in [*files, *(source.name for source in copies)]:
+            sync_path(self.partial / name)
+        (self.partial / (MANIFEST + ".new")).write_bytes(manifest)
+        sync_path(self.partial / (MANIFEST + ".new"))
+        os.replace(self.partial / (MANIFEST + ".new"), self.partial / MANIFEST)
+        sync_path(self.partial)
+        (self.partial / journal.NAME).unlink()
 
     def close(self) -> None:
         """End the threads; whatever ended the run, what is on the disk is in the journal."""

@@ -165,8 +165,7 @@ def test_the_ring_never_locks_up(tmp_path, method, seed):
     shapes = [dice.choice([1, 5000, 300_000, 1_500_000, 4_000_001]) for _ in range(dice.randint(1, 7))]
     tensors = {f"t{i}": ("F32", (n + dice.randint(0, 3),)) for i, n in enumerate(shapes)}
     models = [
-        build.sparse(tmp_path / name / "model.safetensors", tensors, lead).parent
-        for lead, name in enumerate("ab")
+        build.sparse(tmp_path / name / "model.safetensors", tensors, lead).parent for lead, name in enumerate("ab")
     ]
     recipe = linear(tmp_path, models) if method == "linear" else slerp(tmp_path, models)
     least = _least(recipe)

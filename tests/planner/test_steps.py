@@ -1,6 +1,7 @@
 """The order of work as pure integers: every element once and in order, every byte at a place that is its own."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -75,7 +76,7 @@ def check(tensors, steps, cut, first=0, start=0):
             first_page = extent.offset // PAGE * PAGE
             spans.append((first_page, -(-(extent.offset + extent.end - extent.begin) // PAGE) * PAGE))
         spans.sort()
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "extents share a page of the slot"
+        assert all(a[1] <= b[0] for a, b in pairwise(spans)), "extents share a page of the slot"
         assert all(end <= step.size for _, end in spans)
         assert step.size <= cap or step.kind == "sample"
         assert step.size % PAGE == 0
@@ -105,9 +106,7 @@ def check(tensors, steps, cut, first=0, start=0):
         if step.kind == "merge":
             assert len({tensors[piece.tensor].shard for piece in step.pieces}) == 1
             out = [tensors[p.tensor].begin + p.start * tensors[p.tensor].out_itemsize for p in step.pieces]
-            ends = [
-                a + p.numel * tensors[p.tensor].out_itemsize for a, p in zip(out, step.pieces, strict=True)
-            ]
+            ends = [a + p.numel * tensors[p.tensor].out_itemsize for a, p in zip(out, step.pieces, strict=True)]
             assert out[1:] == ends[:-1], "one step's results are not contiguous"
         for piece in step.pieces:
             grain = tensors[piece.tensor].method.grain(())
@@ -243,5 +242,5 @@ def test_tiles_cover_a_tensor(numel, grain, step, room):
     start = numel // 2 // grain * grain
     found = list(tiles(tensor, Cut(step, 0), start, room))
     assert [found[0][0], found[-1][1]] == [start, numel]
-    assert all(a[1] == b[0] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(found))
     assert all(lo % grain == 0 and lo < hi for lo, hi in found)

@@ -39,7 +39,13 @@ def test_no_journal_is_no_progress(tmp_path):
 def test_a_journal_cut_anywhere_says_less_and_never_something_else(tmp_path):
     """And whatever is appended after the cut is understood."""
     whole = written(tmp_path).read_bytes()
-    stages = [("", {}, {}), ("d", {}, {}), ("d", {"a": 4096}, {}), ("d", {"a": 8192}, {}), ("d", {"a": 8192}, {"b": "h"})]
+    stages = [
+        ("", {}, {}),
+        ("d", {}, {}),
+        ("d", {"a": 4096}, {}),
+        ("d", {"a": 8192}, {}),
+        ("d", {"a": 8192}, {"b": "h"}),
+    ]
     for cut in range(len(whole) + 1):
         (tmp_path / NAME).write_bytes(whole[:cut])
         found = journal.read(tmp_path)
@@ -54,7 +60,9 @@ def test_a_journal_cut_anywhere_says_less_and_never_something_else(tmp_path):
 
 
 def test_lines_that_are_not_ours_are_ignored(tmp_path):
-    (tmp_path / NAME).write_bytes(b'{"digest":"d"}\n\0\0\0\n12\n[]\n{"done":3}\nnull\n\xff\xfe\n{"shard":"a","done":5}\n')
+    (tmp_path / NAME).write_bytes(
+        b'{"digest":"d"}\n\0\0\0\n12\n[]\n{"done":3}\nnull\n\xff\xfe\n{"shard":"a","done":5}\n'
+    )
     found = journal.read(tmp_path)
     assert (found.digest, found.done, found.finished) == ("d", {"a": 5}, {})
 

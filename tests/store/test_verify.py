@@ -1,4 +1,4 @@
-"""A finished folder is re-hashed: one wrong bit is found, a missing shard is, and a folder without a manifest is refused."""
+"""A finished folder is re-hashed: one wrong bit is found, and a missing shard; without a manifest it is refused."""
 
 import hashlib
 import json

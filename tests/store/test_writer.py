@@ -253,8 +253,8 @@ def test_a_disk_without_room_is_found_at_once(tmp_path, ring, monkeypatch):
         patch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, MIB))
         with pytest.raises(MachineError) as caught:
             Writer(tmp_path / "out", shards, "d", ring)
-    line = str(caught.value)
-    assert line == f"{tmp_path}/out.partial: the output needs 2.9 MiB more, 1 MiB are free on this disk; make room or write elsewhere"
+    needs = "the output needs 2.9 MiB more, 1 MiB are free on this disk; make room or write elsewhere"
+    assert str(caught.value) == f"{tmp_path}/out.partial: {needs}"
     assert list(tmp_path.iterdir()) == [], "nothing was begun, nothing stays"
     interrupted(tmp_path / "out", shards, wanted, ring, MIB)
     with monkeypatch.context() as patch:
@@ -394,3 +394,20 @@ def test_descriptors_are_given_back(tmp_path, ring):
     interrupted(tmp_path / "out", shards, wanted, ring, 500_000)
     write(tmp_path / "out", shards, wanted, ring)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_folder_is_held_until_it_is_published(tmp_path, ring, monkeypatch):
+    shards, wanted = content(100)
+    made = write(tmp_path / "out", shards, wanted, ring)
+    said = []
+
+    def copy(*_):
+        with pytest.raises(OutputExists, match="another run is writing here"):
+            Writer(tmp_path / "out", shards, "d", ring)
+        said.append(True)
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    (made.partial / "tokenizer.json").write_text("{}")
+    made.publish({}, [tmp_path / "tokenizer.json"], b"{}", overwrite=False)
+    assert said
+    check(tmp_path / "out", shards, wanted, made.hashes)
