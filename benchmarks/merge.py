@@ -117,7 +117,7 @@ class Bench:
         self.ours(tiny.write(self.work / "recipes" / "tiny"))
 
     def streammerge(self, case: recipes.Case) -> Iterator[Row]:
-        recipe = case.write(self.work / "recipes")
+        recipe = case.write(self.work / "recipes" / self.shape)
         size = case.models[0]  # the output has the base's size
         written = sum(path.stat().st_size for path in size.glob("*.safetensors"))
         cold, warm = Runs(), Runs()
@@ -139,7 +139,7 @@ class Bench:
         runs.reports.append(report)
 
     def mergekit(self, case: recipes.Case, binary: Path, repeat: int, ours: Sequence[Row]) -> Iterator[Row]:
-        recipe, out = case.write(self.work / "recipes"), self.work / "mergekit-out"
+        recipe, out = case.write(self.work / "recipes" / self.shape), self.work / "mergekit-out"
         for state, prepare in (("cold", _cold), ("warm", _warm)):
             runs, written = Runs(), 0
             for _ in range(repeat):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from streammerge.api import merge, merge_state_dicts, plan, stream
+    from streammerge.api import diff, inspect, merge, merge_state_dicts, plan, stream, verify
     from streammerge.errors import (
         BudgetTooSmall,
         CheckpointError,
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    **dict.fromkeys(("merge", "merge_state_dicts", "plan", "stream"), "streammerge.api"),
+    **dict.fromkeys(
+        ("diff", "inspect", "merge", "merge_state_dicts", "plan", "stream", "verify"), "streammerge.api"
+    ),
     **dict.fromkeys(
         (
             "BudgetTooSmall",
@@ -53,10 +55,13 @@ __all__ = [
     "RecipeError",
     "StreamMergeError",
     "__version__",
+    "diff",
+    "inspect",
     "merge",
     "merge_state_dicts",
     "plan",
     "stream",
+    "verify",
 ]
 
 

@@ -28,7 +28,7 @@ from streammerge.store.hub import locate
 from streammerge.store.reader import Mode
 from streammerge.store.ring import Closed, Ring
 from streammerge.store.verify import verify as verify_folder
-from streammerge.store.writer import MANIFEST, Writer, into_place
+from streammerge.store.writer import MANIFEST, Writer, into_place, machine
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,7 @@ def plan(
     threads: int = 0,
     shard_size: str | int | None = None,
     seed: int = 0,
+    in_memory: bool = False,
 ) -> Plan:
     """What a merge would read, hold and write, from headers alone.
 
@@ -63,6 +64,7 @@ def plan(
         threads: for the arithmetic; all processors if 0. The result does not depend on it.
         shard_size: bytes of tensors in an output shard; the base model's own shards if left out.
         seed: of the methods that draw random numbers.
+        in_memory: count two of the largest results, as `stream` holds them.
 
     Raises:
         RecipeError, CheckpointError: the request or an input is wrong.
@@ -76,6 +78,7 @@ def plan(
         device="cpu",
         shard_size=None if shard_size is None else _size("--shard-size", shard_size),
         seed=seed,
+        in_memory=in_memory,
     )
     if vram is not None:
         _size("--vram", vram)
@@ -124,7 +127,8 @@ def merge(
         _check_apart(target, made)
         partial = target.with_name(target.name + ".partial")
         if resume and _is_complete(partial, made):
-            into_place(partial, target, overwrite)  # killed between the last sync and the rename
+            with machine(partial):
+                into_place(partial, target, overwrite)  # killed between the last sync and the rename
             return dict(json.loads((target / MANIFEST).read_bytes())["report"])
         _check_partial(partial, made, resume)
         budget = Budget(made.ram_budget_bytes, made.held_bytes)
@@ -132,7 +136,7 @@ def merge(
         ring = Ring(budget, made.out_bytes, "the ring of results")
         writer: Writer | None = None
         try:
-            writer = Writer(target, made.layout.shards, made.digest, ring)
+            writer = Writer(target, made.layout.shards, made.unfinished, ring)
             _work(run, writer, strict, cancel)
         finally:
             ring.stop()
@@ -145,6 +149,7 @@ def merge(
     manifest = {
         "recipe": made.recipe.canonical(),
         "digest": made.digest,
+        "work": made.unfinished,
         "inputs": describe_inputs(made),
         "shards": {shard.name: writer.hashes[shard.name] for shard in made.layout.shards},
         "report": report,
@@ -231,12 +236,11 @@ def stream(
     """
     import torch
 
-    made = plan(recipe, **options)
+    made = plan(recipe, in_memory=True, **options)
     budget = Budget(made.ram_budget_bytes, made.held_bytes)
-    largest = max((tensor.end - tensor.begin for tensor in made.tensors), default=0)
     run = Run(made, budget, reader=reader, progress=progress, cancelled=_asks(cancel))
     try:
-        with budget.lease(made.out_bytes + 2 * largest, "the tensors handed out"):
+        with budget.lease(made.out_bytes, "the results of a step"):
             sink = MemorySink(made)
             for index in run.results(sink):
                 job = made.tensors[index].job
@@ -432,7 +436,7 @@ def _is_complete(partial: Path, made: Plan) -> bool:
     if not (partial / MANIFEST).exists():
         return False
     try:
-        return bool(json.loads((partial / MANIFEST).read_bytes())["digest"] == made.digest)
+        return bool(json.loads((partial / MANIFEST).read_bytes())["work"] == made.unfinished)
     except (ValueError, KeyError):
         return False
 
@@ -443,9 +447,9 @@ def _check_partial(partial: Path, made: Plan, resume: bool) -> None:
         return
     if not resume:
         journal.discard(partial)
-    elif not journal.is_blank(partial) and journal.read(partial).digest != made.digest:
+    elif not journal.is_blank(partial) and journal.read(partial).digest != made.unfinished:
         raise OutputExists(
-            f"{partial}: holds unfinished work of another recipe, other inputs or another version; "
+            f"{partial}: holds unfinished work of another recipe or version, or an input changed since; "
             "--no-resume discards it"
         )
 

@@ -30,9 +30,7 @@ from streammerge.errors import RecipeError
 from streammerge.formats.dtypes import DTYPES
 from streammerge.kernels.numerics import Span
 
-Flags: TypeAlias = npt.NDArray[
-    np.uint8
-]  # one per input, base first: 0 finite, 1 holds an infinity, 2 holds a NaN
+Flags: TypeAlias = npt.NDArray[np.uint8]  # one per input, base first: 0 finite, 1 holds an infinity, 2 holds a NaN
 PerExpert: TypeAlias = float | tuple[float, ...]  # a parameter with one value for each expert, or one for all
 BLOCK = 4096  # elements of a logical block: reductions are taken per block, so that no cut changes a bit
 
@@ -61,9 +59,7 @@ class Param:
     kind: type
 
 
-def param(
-    default: Any = REQUIRED, meaning: str = "", *, per_expert: bool = False, kind: type | None = None
-) -> Any:
+def param(default: Any = REQUIRED, meaning: str = "", *, per_expert: bool = False, kind: type | None = None) -> Any:
     """A dataclass field that is a recipe parameter. Per-expert parameters are tuples, one value per expert."""
     if default is MISSING:
         required = {"meaning": meaning, "per_expert": per_expert, "kind": kind or float}
@@ -220,9 +216,7 @@ def build(cls: type[Method], values: Mapping[str, Any]) -> Method:
 def names() -> list[str]:
     """Every method that a recipe can name: files in streammerge/methods, then entry points of other packages."""
     package = importlib.import_module("streammerge.methods")
-    own = [
-        module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
-    ]
+    own = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
     return sorted(own) + sorted(point.name for point in entry_points(group="streammerge.methods"))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from streammerge import __version__
-from streammerge.errors import BudgetTooSmall, Interrupted, MachineError, StreamMergeError
+from streammerge.errors import BudgetTooSmall, Interrupted, StreamMergeError
 
 COMMANDS = {
     "merge": "merging",
@@ -41,16 +41,11 @@ class Lazy(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what stops it from outside is told here, before click has its own say."""
+        """Run a command; click would print an empty line of its own when it is interrupted."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted("stopped") from None
-        except BrokenPipeError:
-            raise SystemExit(CLOSED) from None
-        except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
-            raise MachineError(f"{what}; mend it and run the same command again") from error
 
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,9 +68,12 @@ def main() -> None:
     except StreamMergeError as error:
         least = error.least if isinstance(error, BudgetTooSmall) else None
         code = fail(arguments, str(error), error.exit_code, type(error).__name__, least)
-    except SystemExit:  # standard output was closed
+    except SystemExit:  # click's answer to a closed pipe, and rich's
         code = CLOSED
         _drop_output()
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        code = fail(arguments, f"{what}; mend it and run the same command again", 4, "MachineError")
     except Exception as error:
         line = f"internal error: {type(error).__name__}: {error}; --debug shows where"
         code = fail(arguments, line, 1, "InternalError")
@@ -85,6 +83,8 @@ def main() -> None:
 def _usage(error: click.ClickException) -> str:
     """What click has to say about the words of a command, and where the right ones are listed."""
     context = getattr(error, "ctx", None)
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        return f"no option {error.option_name}; did you mean {sorted(error.possibilities)[0]}?"
     command = "streammerge" if context is None or context.parent is None else f"streammerge {context.info_name}"
     return f"{error.format_message().rstrip('.')}; {command} --help lists what there is"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,7 +47,7 @@ class Crew:
         grain = method.grain(tile.shape)
         size = -(-max(PART, -(-tile.numel // (2 * self.threads))) // grain) * grain
         edges = [*range(0, tile.numel, size), tile.numel]
-        return [tile.part(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)]
+        return [tile.part(lo, hi) for lo, hi in pairwise(edges)]
 
     def close(self) -> None:
         if self._pool is not None:
@@ -111,7 +112,8 @@ class Merger:
         if DTYPES[tile.out.dtype].floating:
             identity = np.ones((1, 1), np.float32)
             for flag in self._crew.each(
-                lambda part: kernel.run("add_deltas", part.out, part.anchor, (), identity), self._crew.cut(self._method, tile)
+                lambda part: kernel.run("add_deltas", part.out, part.anchor, (), identity),
+                self._crew.cut(self._method, tile),
             ):
                 self._note(np.repeat(flag, inputs))
         ctypes.memmove(tile.out.address, tile.anchor.address, tile.numel * DTYPES[tile.out.dtype].bits // 8)

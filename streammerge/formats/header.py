@@ -194,9 +194,7 @@ def _natural(text: str) -> int | Odd:
     return int(text)
 
 
-_loads = partial(
-    json.loads, object_pairs_hook=unique, parse_int=_natural, parse_float=Odd, parse_constant=Odd
-)
+_loads = partial(json.loads, object_pairs_hook=unique, parse_int=_natural, parse_float=Odd, parse_constant=Odd)
 
 
 def _parse_json(raw: bytes, where: str) -> dict[str, Any]:
@@ -237,9 +235,7 @@ def _spec(name: str, entry: Any, data_start: int, where: str) -> TensorSpec:
     if fault:
         bad(where, f"tensor {show(name)}: {fault}")
     begin, end = entry["data_offsets"]
-    return TensorSpec(
-        name, entry["dtype"], tuple(entry["shape"]), where, data_start + begin, data_start + end
-    )
+    return TensorSpec(name, entry["dtype"], tuple(entry["shape"]), where, data_start + begin, data_start + end)
 
 
 def _name_fault(name: str) -> str | None:

@@ -143,9 +143,7 @@ class TrimSurvey(Survey):
     def _bracket(self, low: int, high: int) -> Bracket:
         """Bins over [low, high), single keys if there are enough of them."""
         shift = max(0, (-(-(high - low) // self._bins) - 1).bit_length())
-        return Bracket(
-            low, shift, -(-(high - low) >> shift) if not shift else -(-(high - low) // (1 << shift))
-        )
+        return Bracket(low, shift, -(-(high - low) >> shift) if not shift else -(-(high - low) // (1 << shift)))
 
     def look(self, tile: Tile) -> Any:
         if not self._open:
@@ -223,7 +221,9 @@ class TrimSurvey(Survey):
             last = self.trims[expert, 3 * side + 2]
             if before is None or before[expert, side] < last:  # later ones all lie beyond what stays
                 key = int(self.trims[expert, 3 * side])
-                counts[expert, side] = kernel.call("magnitude_histogram", "count_equal", tile.base, tile.experts[expert], key)
+                counts[expert, side] = kernel.call(
+                    "magnitude_histogram", "count_equal", tile.base, tile.experts[expert], key
+                )
         return counts
 
     def _split(self, expert: int, side: int) -> bool:

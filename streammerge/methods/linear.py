@@ -1,6 +1,7 @@
 """Linear: the weighted mean of the models.
 
-    merged = sum_k w_k x_k / sum_k w_k          without `normalize`: sum_k w_k x_k        Wortsman et al. 2022, arXiv:2203.05482
+    merged = sum_k w_k x_k / sum_k w_k          without `normalize`: sum_k w_k x_k
+    Wortsman et al. 2022, arXiv:2203.05482
 
 Computed from the first model, x_0 + sum_k w_k (x_k - x_0) / sum_k w_k, so that weights on which all models agree
 come out to the bit.

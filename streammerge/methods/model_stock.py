@@ -61,9 +61,7 @@ class ModelStock(TileMethod):
         cosine = cosines.mean(1)
         below = 1 + (experts - 1) * cosine
         singular = np.abs(below) < 1e-6
-        ratio: npt.NDArray[np.float64] = np.where(
-            singular, 0.0, experts * cosine / np.where(singular, 1.0, below)
-        )
+        ratio: npt.NDArray[np.float64] = np.where(singular, 0.0, experts * cosine / np.where(singular, 1.0, below))
         return ratio
 
 

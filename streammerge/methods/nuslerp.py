@@ -70,14 +70,10 @@ class Nuslerp(TileMethod):
         a, b = pairs[:, 0], pairs[:, 1]
         if tile.base is not None:
             coefs = np.stack([np.ones_like(a), a, b], 1).astype(np.float32)
-            shifted: Flags = kernel.run(
-                "add_deltas", tile.out, tile.base, tile.experts, coefs, tile.start, inner
-            )
+            shifted: Flags = kernel.run("add_deltas", tile.out, tile.base, tile.experts, coefs, tile.start, inner)
             return shifted
         coefs = np.stack([a + b, b], 1).astype(np.float32)
-        flags: Flags = kernel.run(
-            "add_deltas", tile.out, tile.experts[0], tile.experts[1:], coefs, tile.start, inner
-        )
+        flags: Flags = kernel.run("add_deltas", tile.out, tile.experts[0], tile.experts[1:], coefs, tile.start, inner)
         return flags
 
     def coefficients(self, sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

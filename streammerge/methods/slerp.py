@@ -54,9 +54,7 @@ class Slerp(TileMethod):
         if abs(cosine) > LINEAR_ABOVE:
             return 1 - self.t, self.t
         theta = np.arccos(cosine)
-        return float(np.sin((1 - self.t) * theta) / np.sin(theta)), float(
-            np.sin(self.t * theta) / np.sin(theta)
-        )
+        return float(np.sin((1 - self.t) * theta) / np.sin(theta)), float(np.sin(self.t * theta) / np.sin(theta))
 
 
 # By hand: halfway between two axes of unit length lies (sqrt 1/2, sqrt 1/2); a parallel pair is mixed linearly.

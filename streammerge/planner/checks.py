@@ -42,9 +42,7 @@ def layer_range(raw: Any, at: str) -> tuple[int, int]:
         raise RecipeError(f"{at}: write [first, end], two whole numbers; the end is left out")
     first, end = raw
     if not 0 <= first < end:
-        raise RecipeError(
-            f"{at}: [{first}, {end}] holds no layer; layers count from 0 and the end is left out"
-        )
+        raise RecipeError(f"{at}: [{first}, {end}] holds no layer; layers count from 0 and the end is left out")
     return first, end
 
 

@@ -27,9 +27,7 @@ NUMBERS = ("mlp_only_layers", "cross_attention_layers", "full_attn_idxs", "attn_
 NOT_PER_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens")
 PARTS = ("text_config", "llm_config", "language_config")  # the language model's own part of a larger config
 
-Origin = tuple[
-    Mapping[str, Any] | None, int
-]  # a source model's config.json and the number of the layer in it
+Origin = tuple[Mapping[str, Any] | None, int]  # a source model's config.json and the number of the layer in it
 
 
 def count_keys(config: Mapping[str, Any], layers: int) -> list[str]:

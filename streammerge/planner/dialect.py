@@ -70,9 +70,7 @@ def resolve(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], find: Find = 
 class _Resolver:
     """Makes jobs of rows, and remembers what the user should know."""
 
-    def __init__(
-        self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], method: type[methods.Method]
-    ) -> None:
+    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], method: type[methods.Method]) -> None:
         self.recipe, self.method = recipe, method
         self.known = methods.parameters(method)
         self.stored = recipe.out_dtype or recipe.dtype
@@ -130,13 +128,9 @@ class _Resolver:
         if not param.per_expert:
             return self._first(param, common, row.name, row, None)
         inputs = row.group.inputs
-        return tuple(
-            self._first(param, (inputs[i].source.parameters, *common), row.names[i], row, i) for i in experts
-        )
+        return tuple(self._first(param, (inputs[i].source.parameters, *common), row.names[i], row, i) for i in experts)
 
-    def _first(
-        self, param: methods.Param, scopes: Sequence[Settings], name: str, row: Row, which: int | None
-    ) -> Any:
+    def _first(self, param: methods.Param, scopes: Sequence[Settings], name: str, row: Row, which: int | None) -> Any:
         for scope in scopes:
             if param.name in scope:
                 value = evaluate(scope[param.name], name, row.t, param.kind)
@@ -145,9 +139,7 @@ class _Resolver:
         if param.default is methods.REQUIRED:
             raise RecipeError(self._missing(param.name, name, row, which))
         default = param.default
-        return (
-            default[0] if param.per_expert and isinstance(default, tuple) and len(default) == 1 else default
-        )
+        return default[0] if param.per_expert and isinstance(default, tuple) and len(default) == 1 else default
 
     def _missing(self, param: str, name: str, row: Row, which: int | None) -> str:
         method = self.recipe.merge_method
@@ -204,16 +196,12 @@ def _config(
     if not recipe.slices:
         return updated_config(home.config, 0, None, dtype), []
     anchors = [(group, group.inputs[group.anchor]) for group in groups]
-    stack: list[Origin] = [
-        (a.checkpoint.config, a.first + i) for group, a in anchors for i in range(group.layers)
-    ]
+    stack: list[Origin] = [(a.checkpoint.config, a.first + i) for group, a in anchors for i in range(group.layers)]
     prefix, count = anchors[0][1].stack, anchors[0][1].layers.stacks[anchors[0][1].stack]
     layers = Layers(home.tensors).stacks.get(prefix, count)
     doubts = []
     if layered(home.config, layers) is None:
-        doubts = [
-            f"config.json of {recipe.references[0]} holds no layer count of {layers}; set it to {len(stack)}"
-        ]
+        doubts = [f"config.json of {recipe.references[0]} holds no layer count of {layers}; set it to {len(stack)}"]
     return updated_config(home.config, layers, stack, dtype), doubts
 
 

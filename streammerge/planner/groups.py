@@ -105,13 +105,13 @@ class Row:
         if found is not None:
             return found
         model, anchor = self.group.inputs[which].model, self.group.inputs[self.group.anchor].model
-        hint = "; its head may be tied to the embedding" if "head" in self.name else ""
-        raise CheckpointError(f"{model}: no tensor {self.names[which]!r}, which {anchor} has{hint}")
+        hint = "only models with the same tensors merge"
+        if "head" in self.name:
+            hint = "its head may be tied to the embedding: save it with the head written out"
+        raise CheckpointError(f"{model}: no tensor {self.names[which]!r}, which {anchor} has; {hint}")
 
 
-def make_groups(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], method: type[methods.Method]
-) -> list[Group]:
+def make_groups(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], method: type[methods.Method]) -> list[Group]:
     """The recipe's groups, checked against what the method wants.
 
     Raises:
@@ -148,9 +148,9 @@ def _check_inputs(group: Group, name: str, method: type[methods.Method]) -> None
     models = [each.model for each in group.inputs]
     for model in models:
         if models.count(model) > 1:
-            raise RecipeError(f"{group.at}: {model} is listed twice")
+            raise RecipeError(f"{group.at}: {model} is listed twice; list it once")
     if method.needs_base and group.base is None:
-        raise RecipeError(f"{group.at}: {name} needs a base_model")
+        raise RecipeError(f"{group.at}: {name} needs a base_model; name the model that the others were fine-tuned from")
     uses_base = method.needs_base or not method.base_is_expert
     if uses_base and group.base is not None and group.base not in models:
         raise RecipeError(f"{group.at}: the base model {group.base} must be one of the sources")
@@ -160,7 +160,7 @@ def _check_inputs(group: Group, name: str, method: type[methods.Method]) -> None
         joined = [f", with the base {each.model} that joins them" for each in group.inputs if not each.listed]
         raise RecipeError(f"{group.at}: {name} merges {wanted}; there are {count}{''.join(joined)}")
     if wanted:
-        beside = "" if group.base is None else f" beside the base {group.base}"
+        beside = "" if group.base is None else f" beside the base model {group.base}"
         raise RecipeError(f"{group.at}: {name} merges {wanted}{beside}; there are {count}")
 
 
@@ -180,9 +180,8 @@ def _check_layers(group: Group) -> None:
         first, end = each.source.layers
         count = each.layers.stacks[each.stack]
         if end > count:
-            raise RecipeError(
-                f"{group.at}: layer_range [{first}, {end}] of {each.model}, which has {count} layers"
-            )
+            wrong = f"layer_range [{first}, {end}] of {each.model}, which has {count} layers"
+            raise RecipeError(f"{group.at}: {wrong}; they count from 0 and the end is left out")
         if end - first != group.layers:
             models = f"{group.inputs[0].model} gives {group.layers} layers, {each.model} {end - first}"
             raise RecipeError(f"{group.at}: {models}; the sources of a slice must give equally many")

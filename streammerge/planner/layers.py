@@ -23,16 +23,12 @@ from streammerge.errors import CheckpointError
 # The last word before the number, where a repository says "this is the stack". It decides between candidates.
 WORDS = {"layers", "layer", "h", "block", "blocks", "resblocks", "encoder_layers", "decoder_layers"}
 WORDS |= {"transformer_blocks", "single_transformer_blocks"}
-_AFTER = re.compile(
-    r"head|embed_out|predictions|classifier|score|pooler|final|project_out|\bln_f\b|\boutput\b"
-)
+_AFTER = re.compile(r"head|embed_out|predictions|classifier|score|pooler|final|project_out|\bln_f\b|\boutput\b")
 _BEFORE = re.compile(
     r"embed|\bwte\b|\bwpe\b|posi?tion|\bpos_|\btok_|token|patch|\bclass_|\bcls_token|\bshared\b"
     r"|project_in|\bpre_?lay|feature_(extractor|projection)|\bconv\d|\bstem\b"
 )
-_VOCABULARY = re.compile(
-    r"embed_tokens|\bwte\b|word_embeddings|tok_embeddings|embed_in|embed_out|lm_head|\bshared\b"
-)
+_VOCABULARY = re.compile(r"embed_tokens|\bwte\b|word_embeddings|tok_embeddings|embed_in|embed_out|lm_head|\bshared\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +74,7 @@ class Layers:
         if len(stacks) == 1:
             return stacks[0]
         if not stacks:
-            raise CheckpointError(
-                f"{where}: no layer stack in its tensor names; slices need one, use 'models'"
-            )
+            raise CheckpointError(f"{where}: no layer stack in its tensor names; slices need one, use 'models'")
         shown = ", ".join(f"{stack} ({self.stacks[stack]} layers)" for stack in stacks)
         raise CheckpointError(f"{where}: {len(stacks)} layer stacks, slices need one: {shown}; use 'models'")
 

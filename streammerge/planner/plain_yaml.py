@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _Refused("a key must be plain text", line)
             if key.value in seen:
-                raise _Refused(f"the key {key.value!r} is given twice", line)
+                raise _Refused(f"the key {key.value!r} is given twice; keep one of them", line)
             seen.add(key.value)
         return node
 
@@ -74,7 +74,7 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
         parts = child if isinstance(child, tuple) else (child,)
         total += sum(_values(part, known) for part in parts)
     if total > MAX_VALUES:
-        raise _Refused(f"aliases unfold to more than {MAX_VALUES:,} values", line)
+        raise _Refused(f"aliases unfold to more than {MAX_VALUES:,} values; write plain values", line)
     known[id(node)] = total
     return total
 
@@ -83,7 +83,7 @@ def _document(text: str) -> Any:
     loader = _Loader(text)
     try:
         if not loader.check_node():
-            raise _Refused("the recipe is empty")
+            raise _Refused("the recipe is empty; it needs a merge_method and models")
         node = loader.get_node()
         if loader.check_node():
             raise _Refused("several documents; a recipe is one document", loader.get_mark().line + 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,12 @@ class Plan:
     vram_peak_bytes: int = 0
     kernels: dict[str, str] = field(default_factory=dict)
     held_bytes: int = 0  # what the process holds beside rings and methods, with an allowance
+    stamp: str = ""  # of the input files as they are now; unlike the digest, another copy of them has another
+
+    @property
+    def unfinished(self) -> str:
+        """Names this work in a journal: the digest, on just these files."""
+        return f"{self.digest}-{self.stamp}"
 
     @property
     def seconds(self) -> float:
@@ -104,6 +111,7 @@ class Limits:
     device: str = "cpu"
     shard_size: int | None = None
     seed: int = 0
+    in_memory: bool = False  # results are handed out as whole tensors instead of written
 
 
 def make_plan(
@@ -124,6 +132,7 @@ def make_plan(
     used = dict.fromkeys(name for tensor in tensors for name in tensor.method.uses())
     kernels = {name: kernel.describe(name, limits.device) for name in used}
     held = resident().demand + ALLOWANCE
+    held += 2 * max((t.end - t.begin for t in tensors), default=0) if limits.in_memory else 0
     cut, ring, out, extra = _cut(tensors, limits.ram - held, held, threads)
     read = passes = steps = slots = 0
     for step in merge_steps(tensors, cut):
@@ -155,6 +164,7 @@ def make_plan(
         warnings=resolution.warnings,
         kernels=kernels,
         held_bytes=held,
+        stamp=_stamp(tensors),
     )
 
 
@@ -166,9 +176,7 @@ def _planned(layout: Layout) -> Iterator[PlannedTensor]:
         if key not in made:
             method = build(find(job.method), job.parameters)
             if not isinstance(method, TileMethod):
-                raise RecipeError(
-                    f"{job.method} is a {method.sees} method; this engine runs tile methods only"
-                )
+                raise RecipeError(f"{job.method} is a {method.sees} method; this engine runs tile methods only")
             made[key] = method
         method = made[key]
         surveyed = method.survey(job.shape, len(job.experts)) is not None
@@ -198,9 +206,7 @@ def _cut(tensors: Sequence[PlannedTensor], free: int, held: int, threads: int) -
             )
         step //= 2
     if surveyed:
-        room = (
-            surveyed + surveyed // (step // 2) * inputs * 2 * PAGE + 2 * step
-        )  # the largest, whole, and the next
+        room = surveyed + surveyed // (step // 2) * inputs * 2 * PAGE + 2 * step  # the largest, whole, and the next
         ring = max(ring, min(free - out - extra, room))
     return Cut(step, ring), ring, out, extra
 
@@ -231,6 +237,13 @@ def _digest(recipe: Recipe, layout: Layout, checkpoints: Mapping[str, Checkpoint
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+
+
+def _stamp(tensors: Sequence[PlannedTensor]) -> str:
+    """Sizes and times of the input files: work on files that changed since must not be taken up again."""
+    files = sorted({spec.file for tensor in tensors for spec in tensor.inputs})
+    seen = [(file, status.st_size, status.st_mtime_ns) for file in files if (status := os.stat(file))]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
 def describe_inputs(plan: Plan) -> list[dict[str, Any]]:

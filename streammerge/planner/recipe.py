@@ -156,7 +156,9 @@ def check_parameters(method: type[methods.Method], name: str, given: Mapping[str
     """
     most = method.max_experts
     if experts < method.min_experts or (most is not None and experts > most):
-        raise RecipeError(f"{name} takes {method.min_experts} to {most or 'any number of'} models, {experts} were given")
+        raise RecipeError(
+            f"{name} takes {method.min_experts} to {most or 'any number of'} models, {experts} were given"
+        )
     known = methods.parameters(method)
     for key in given:
         if key not in known:
@@ -188,9 +190,7 @@ class _Reader:
         for key, why in REFUSED.items():
             if data.get(key) is not None:
                 raise RecipeError(f"{self.where}: {key}: {why}")
-        check_keys(
-            {k: v for k, v in data.items() if k not in REFUSED}, (*KEYS, *self.method.keys), self.where
-        )
+        check_keys({k: v for k, v in data.items() if k not in REFUSED}, (*KEYS, *self.method.keys), self.where)
         if bool(data.get("models")) == bool(data.get("slices")):
             wrong = "both models and slices" if data.get("models") else "neither models nor slices"
             raise RecipeError(f"{self.where}: {wrong}; give exactly one of them, not empty")
@@ -217,9 +217,7 @@ class _Reader:
         if not given:
             raise RecipeError(f"{at}: a slice needs sources")
         sources = [self.source(item, f"{at}.sources[{i}]", True) for i, item in enumerate(given)]
-        return Slice(
-            tuple(sources), self.base(raw, f"{at}."), self.settings(raw.get("parameters"), f"{at}.parameters")
-        )
+        return Slice(tuple(sources), self.base(raw, f"{at}."), self.settings(raw.get("parameters"), f"{at}.parameters"))
 
     def source(self, raw: Any, at: str, ranged: bool) -> Source:
         keys = ("model", "layer_range", "parameters") if ranged else ("model", "parameters")

@@ -26,7 +26,7 @@ from streammerge.store import journal
 from streammerge.store.ring import PAGE, Ring, Slot
 from streammerge.store.shardfile import Shard, ShardFile, allocate, sync_path
 
-__all__ = ["HEADER_PIECE", "MANIFEST", "SYNC_EVERY", "Shard", "Writer", "into_place"]
+__all__ = ["HEADER_PIECE", "MANIFEST", "SYNC_EVERY", "Shard", "Writer", "into_place", "machine"]
 
 MANIFEST = "streammerge.json"
 SYNC_EVERY = 256 << 20  # bytes between two journal lines: what a kill can cost
@@ -57,7 +57,7 @@ class Writer:
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         try:
-            with self._machine():
+            with machine(self.partial):
                 self._preallocate()
         except BaseException:
             self.close()
@@ -103,7 +103,7 @@ class Writer:
         """Open a shard for writing from byte `at` on, 0 or a place that `resume_at` covers."""
         self.check()
         layout = self._shards[shard]
-        with self._machine():
+        with machine(self.partial):
             self._open = stream = ShardFile(self.partial / layout.name, layout, at)
         if at == 0:
             self._put_bytes(layout.header)
@@ -196,21 +196,9 @@ class Writer:
         Raises:
             MachineError: the disk is full or failed; what the journal says is kept.
         """
-        with self._machine():
+        with machine(self.partial):
             if self._failure is not None:
                 raise self._failure
-
-    @contextmanager
-    def _machine(self) -> Iterator[None]:
-        """What the operating system refuses in this block is the machine's fault, said in one line."""
-        try:
-            yield
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            fault = "the disk is full; make room" if full else f"{error.strerror}; mend it"
-            raise MachineError(
-                f"{self.partial}: {fault} and run the same command again to go on with what is done"
-            ) from error
 
     def drain(self) -> None:
         """Wait until all that was put is written, synced, hashed and in the journal."""
@@ -237,7 +225,7 @@ class Writer:
         """Complete the folder (small files, copies, manifest last) and rename it into place."""
         held = journal.Journal(self.partial, self._digest)
         try:
-            with self._machine():
+            with machine(self.partial):
                 self._complete(files, copies, manifest)
                 into_place(self.partial, self._out, overwrite)
         finally:
@@ -262,6 +250,17 @@ class Writer:
         if self._open is not None:
             self._open.close()
         self._journal.close()
+
+
+@contextmanager
+def machine(partial: Path) -> Iterator[None]:
+    """What the operating system refuses in this block is the machine's fault, said in one line."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fault = "the disk is full; make room" if full else f"{error.strerror}; mend it"
+        raise MachineError(f"{partial}: {fault} and run the same command again to go on with what is done") from error
 
 
 class _Countdown:

@@ -252,10 +252,19 @@ class _Set:
 
 def test_an_existing_output_is_left_alone_unless_asked(tmp_path, models, wanted):
     recipe, out = written(tmp_path, models, "linear"), tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("mine")
+    sm.merge(written(tmp_path, models, "slerp"), out, ram="2GiB")
     with pytest.raises(OutputExists, match="--overwrite replaces it"):
         sm.merge(recipe, out, ram="2GiB")
-    assert os.listdir(tmp_path / "out") == ["mine"]
+    check(out, wanted["slerp"])
     sm.merge(recipe, out, ram="2GiB", overwrite=True)
     check(out, wanted["linear"])
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path, models):
+    recipe, out = written(tmp_path, models, "linear"), tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExists):
+            sm.merge(recipe, out, ram="2GiB", overwrite=overwrite)
+    assert os.listdir(out) == ["mine"]

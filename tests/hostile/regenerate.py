@@ -1,10 +1,14 @@
-"""How the files of the checkpoint cases were made; expected.txt is by hand. Run with PYTHONPATH=tests."""
+"""How the checkpoints of the cases were made; recipes, options and expected lines are by hand.
+
+Run with PYTHONPATH=tests.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import build
+import numpy as np
 
 HERE = Path(__file__).parent
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -40,9 +44,7 @@ CASES: dict[str, dict[str, bytes]] = {
     "header_too_large": single(W, length=100_000_001),
     "empty_file": {"model.safetensors": b""},
     "not_json": single('"w":{"dtype":"F32",,'),
-    "git_lfs_pointer": {
-        "model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 160\n"
-    },
+    "git_lfs_pointer": {"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 160\n"},
     "overlap": single(entry("w", "[5]", "[0,20]"), entry("v", "[4]", "[16,32]")),
     "hole": single(entry("w", "[4]", "[0,16]"), entry("v", "[3]", "[20,32]")),
     "duplicate_key": single(W, W),
@@ -80,8 +82,63 @@ CASES: dict[str, dict[str, bytes]] = {
     "gguf_only": {"model.Q4_K_M.gguf": b"GGUF\3\0\0\0"},
 }
 
+BY_HAND = ("expected.txt", "recipe.yml", "options", "exit")  # options: more words for the command line
+
+
+def models(**tensors: dict[str, object]) -> dict[str, bytes]:
+    """One checkpoint of one file for each model of a recipe, by its name and its tensors."""
+    return {f"{name}/model.safetensors": build.shard(held) for name, held in tensors.items()}
+
+
+ONES = np.ones(8, np.float32)
+PAIR = models(base={"w": ONES}, expert={"w": 2 * ONES})
+LAYERS = {"embed.weight": ONES, "layers.0.w": ONES, "layers.1.w": ONES, "norm": ONES}
+FP8 = build.Tensor("F8_E4M3", (8,), bytes(range(8)))
+BROKEN = 2 * ONES
+BROKEN[5] = np.nan
+CASES |= dict.fromkeys(
+    (
+        "recipe_budget_too_small",
+        "recipe_listed_twice",
+        "recipe_missing_model",
+        "recipe_missing_parameter",
+        "recipe_no_base",
+        "recipe_weights_sum_to_zero",
+    ),
+    PAIR,
+)
+CASES |= {
+    "recipe_block_scaled": models(base={"w": ONES}, expert={"w": FP8, "w_scale_inv": ONES[:1], "other": ONES}),
+    "recipe_missing_shard": {
+        "base/model.safetensors": file(W, size=32),
+        f"expert/{ONE}": file(W, size=32),
+        f"expert/{INDEX}": index(("w", ONE), ("v", TWO)),
+    },
+    "recipe_missing_tensor": models(base={"w": ONES, "v": ONES}, expert={"w": ONES}),
+    "recipe_nan_strict": models(base={"w": ONES}, expert={"w": BROKEN}),
+    "recipe_not_floating": models(base={"w": ONES}, expert={"w": np.arange(8, dtype=np.int32)}),
+    "recipe_output_exists": {**PAIR, "OUT/config.json": b"{}\n"},
+    "recipe_output_is_not_ours": {**PAIR, "OUT/thesis.txt": b"the only copy\n"},
+    "recipe_output_is_the_input": {**models(base={"w": ONES}, OUT={"w": ONES}), "OUT/streammerge.json": b"{}\n"},
+    "recipe_shapes_differ": models(base={"a": ONES, "w": ONES}, expert={"a": ONES, "w": ONES.reshape(4, 2)}),
+    "recipe_slices_out_of_range": models(base=LAYERS, expert=LAYERS),
+    "recipe_slices_without_layers": PAIR,
+    "recipe_tied_head": models(base={"w": ONES, "lm_head.weight": ONES}, expert={"w": ONES}),
+    "recipe_too_many_models": models(base={"w": ONES}, expert={"w": ONES}, other={"w": ONES}),
+    "recipe_truncated_shard": {**PAIR, "expert/model.safetensors": PAIR["expert/model.safetensors"][:-12]},
+    "recipe_unfinished_work_of_another": {
+        **PAIR,
+        "OUT.partial/journal.jsonl": b'{"digest": "0123", "version": 1}\n',
+    },
+    "recipe_vocabularies_differ": models(
+        base={"model.embed_tokens.weight": ONES.reshape(4, 2)},
+        expert={"model.embed_tokens.weight": np.ones((5, 2), np.float32)},
+    ),
+}
+
 if __name__ == "__main__":
     for case, files in CASES.items():
-        (HERE / case).mkdir(exist_ok=True)
         for name, content in files.items():
-            (HERE / case / name).write_bytes(content)
+            path = HERE / case / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)

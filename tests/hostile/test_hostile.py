@@ -1,49 +1,67 @@
 """Broken inputs, one folder each, and the one line that each must give.
 
-A folder holds the files and `expected.txt`, where `{dir}` stands for the folder's path. A folder with a
-`recipe.yml` is a merge: `python -m streammerge merge recipe.yml OUT` in a copy of it must end with the code
-in its file `exit`, print the line and nothing else, and leave neither OUT nor OUT.partial. Any other folder
-is opened as a checkpoint.
+A folder holds the files and `expected.txt`, where `{dir}` stands for the folder's path and `{n}` for a number.
+A folder with a `recipe.yml` is a merge: `streammerge merge recipe.yml OUT`, with the words of its file `options`
+if there is one, run in a copy of it must end with the code in its file `exit`, print the line and nothing else,
+and leave the folder as it was. Any other folder is opened as a checkpoint.
 """
 
-import os
+import re
+import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import regenerate
 
+from streammerge import cli
 from streammerge.errors import CheckpointError
 from streammerge.store.checkpoint import Checkpoint
 
 HERE = Path(__file__).parent
 CASES = sorted(folder.name for folder in HERE.iterdir() if (folder / "expected.txt").exists())
+RECIPES = [case for case in CASES if (HERE / case / "recipe.yml").exists()]
 
 
-def merge(folder):
-    """What a merge of the folder's recipe prints on stderr, after checking all else."""
-    command = [sys.executable, "-m", "streammerge", "merge", "recipe.yml", "OUT"]
-    paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == int((folder / "exit").read_text()), ran.stderr
-    assert ran.stdout == ""
-    assert not (folder / "OUT").exists()
-    assert not (folder / "OUT.partial").exists()
-    return ran.stderr
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_hostile(case, tmp_path):
-    folder = Path(shutil.copytree(HERE / case, tmp_path / case))
+def matches(line, expected):
+    """Whether the line is the expected one, any number standing for {n}."""
+    return re.fullmatch(re.escape(expected).replace(re.escape("{n}"), "[0-9]+"), line) is not None
+
+
+def copied(case, target):
+    """A copy of a case to work in, and the line that it must give."""
+    folder = Path(shutil.copytree(HERE / case, target / case))
     expected = (folder / "expected.txt").read_text(encoding="utf-8").replace("{dir}", str(folder))
     assert expected.count("\n") == 1
     assert expected.endswith("\n")
-    if (folder / "recipe.yml").exists():
-        assert merge(folder) == expected
-        return
+    return folder, expected
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_recipes(case, tmp_path, monkeypatch, capsys):
+    folder, expected = copied(case, tmp_path)
+    before = contents(tmp_path)
+    options = (folder / "options").read_text() if (folder / "options").exists() else ""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["streammerge", "merge", "recipe.yml", "OUT", "--quiet", *shlex.split(options)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert matches(err, f"streammerge: {expected}"), f"{err}\n{expected}"
+    assert stop.value.code == int((folder / "exit").read_text())
+    assert out == ""
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in RECIPES])
+def test_checkpoints(case, tmp_path):
+    folder, expected = copied(case, tmp_path)
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(folder)
     assert f"{caught.value}\n" == expected
@@ -52,7 +70,8 @@ def test_hostile(case, tmp_path):
 @pytest.mark.parametrize("case", regenerate.CASES)
 def test_the_files_are_as_they_were_made(case):
     """A checkout that changes line ends or drops a file would test something else."""
-    files = {path.name: path.read_bytes() for path in (HERE / case).iterdir() if path.name != "expected.txt"}
+    found = contents(HERE / case).items()
+    files = {str(path.relative_to(HERE / case)): raw for path, raw in found if path.name not in regenerate.BY_HAND}
     assert files == regenerate.CASES[case]
 
 

@@ -95,3 +95,22 @@ def test_counts_by_hand_and_added_up():
         magnitude_histogram.host(span(base), span(expert), one, 22, counts)
     assert counts.tolist() == [2, 4, 2, 2]
     assert reference.magnitude(torch.tensor([-1.0])).item() == one
+
+
+@pytest.mark.parametrize("name", list(deltas()))
+def test_a_guess_changes_no_count(name):
+    """Right, wrong, inside or outside the brackets: a guessed key only makes counting quicker."""
+    delta = deltas()[name].clone()
+    delta[:2048] = delta[0]  # four chunks with nothing else inside narrow brackets
+    base = torch.zeros_like(delta)
+    a, b, keys = span(base), span(delta), np.empty(delta.numel(), np.uint32)
+    magnitude_histogram.keys(a, b, keys)
+    key = int(keys[0])
+    for low, shift, bins in ((max(0, key - 5), 0, 11), (max(0, key - 900), 7, 20), (0, 15, 1 << 16)):
+        plain, wide = np.zeros(bins + 2, np.int64), np.tile(np.array([[1 << 31, 0]], np.uint32), (bins, 1))
+        magnitude_histogram.host(a, b, low, shift, plain, wide)
+        for guess in (key, key + 1, 0, (1 << 31) - 1):
+            counts, ends = np.zeros_like(plain), np.tile(np.array([[1 << 31, 0]], np.uint32), (bins, 1))
+            magnitude_histogram.host(a, b, low, shift, counts, ends, guess)
+            assert np.array_equal(counts, plain)
+            assert np.array_equal(ends, wide)

@@ -114,5 +114,9 @@ def philox(counter, key):
 def dropped(shape, density, seed, tensor_id, expert):
     """DARE's mask, element by element."""
     numel = int(np.prod(shape))
-    words = [w for q in range(-(-numel // 4)) for w in philox((q & 0xFFFFFFFF, q >> 32, tensor_id, expert), (seed & 0xFFFFFFFF, seed >> 32))]
+    words = [
+        w
+        for q in range(-(-numel // 4))
+        for w in philox((q & 0xFFFFFFFF, q >> 32, tensor_id, expert), (seed & 0xFFFFFFFF, seed >> 32))
+    ]
     return (np.array(words[:numel]) < round(density * 2**32)).astype(float).reshape(shape)

@@ -99,7 +99,9 @@ def test_inputs_that_are_equal_come_out_to_the_bit(name):
         base, experts = material(name, (7, 1000), dtype)
         experts = [experts[0].copy() for _ in experts]
         base = None if base is None else experts[0].copy()
-        experts[0].reshape(-1)[:3] = np.array([-0.0, 0.0, 1e-40], np.float32).astype(np.float32) if dtype == "f32" else 0
+        experts[0].reshape(-1)[:3] = (
+            np.array([-0.0, 0.0, 1e-40], np.float32).astype(np.float32) if dtype == "f32" else 0
+        )
         for other in [*experts[1:], *([] if base is None else [base])]:
             other[...] = experts[0]
         out, merger = run(instance, base, experts)

@@ -64,7 +64,9 @@ FAMILY = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("options", [{}, {"lambda_": 1.7}, {"normalize": True}, {"rescale": True}, {"weight": (0.8, -0.3)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"lambda_": 1.7}, {"normalize": True}, {"rescale": True}, {"weight": (0.8, -0.3)}]
+)
 @pytest.mark.parametrize("name", FAMILY)
 def test_task_vectors(name, options, shape):
     if options.get("rescale") and name == "task_arithmetic":

@@ -36,9 +36,7 @@ def test_stacking_renumbers_layers_and_takes_the_ends_from_the_ends() -> None:
     assert taken["model.norm.weight"][0] == taken["lm_head.weight"][0] == "C"
     scales = {job.name: job.parameters["scale"] for job in found.jobs if job.parameters["scale"] != (1.0,)}
     assert scales == {
-        f"model.layers.{i}.{part}.weight": (0.0,)
-        for i in (3, 4, 5)
-        for part in ("self_attn.o_proj", "mlp.down_proj")
+        f"model.layers.{i}.{part}.weight": (0.0,) for i in (3, 4, 5) for part in ("self_attn.o_proj", "mlp.down_proj")
     }
     assert {job.dtype for job in found.jobs} == {"F16"}
     assert found.shards is None
@@ -82,9 +80,7 @@ def test_the_base_of_linear_is_one_of_its_inputs_even_if_it_is_not_listed() -> N
 
 
 def test_an_optional_base_is_no_expert() -> None:
-    job = jobs(f"merge_method: nuslerp\nbase_model: A\nmodels: [{{model: C}}, {{model: B}}]\n{ALL}")[
-        "lm_head.weight"
-    ]
+    job = jobs(f"merge_method: nuslerp\nbase_model: A\nmodels: [{{model: C}}, {{model: B}}]\n{ALL}")["lm_head.weight"]
     assert job.base == MODELS["A"].tensors["lm_head.weight"]
     assert [spec.file.split("/")[2] for spec in job.experts] == ["C", "B"]
     job = jobs(f"merge_method: nuslerp\nmodels: [{{model: C}}, {{model: B}}]\n{ALL}")["lm_head.weight"]
@@ -93,18 +89,14 @@ def test_an_optional_base_is_no_expert() -> None:
 
 def test_the_first_model_stands_in_for_a_base() -> None:
     other = checkpoint("B", llama(5, "F32"))
-    job = jobs(f"merge_method: linear\nmodels: [{{model: B}}, {{model: A}}]\n{ALL}", B=other)[
-        "lm_head.weight"
-    ]
+    job = jobs(f"merge_method: linear\nmodels: [{{model: B}}, {{model: A}}]\n{ALL}", B=other)["lm_head.weight"]
     assert job.dtype == "F32"
 
 
 def test_what_cannot_be_merged_is_copied_from_the_base() -> None:
     tensors = {"ids": ("I64", (9,)), "w": ("BF16", (2,)), "flag": ("BOOL", (1,))}
     a, b = checkpoint("A", tensors), checkpoint("B", {"w": ("F32", (2,)), "ids": ("F32", (1,))})
-    found = plan(
-        f"merge_method: ties\nbase_model: A\nmodels: [{{model: B}}]\ndtype: float32\n{ALL}", A=a, B=b
-    )
+    found = plan(f"merge_method: ties\nbase_model: A\nmodels: [{{model: B}}]\ndtype: float32\n{ALL}", A=a, B=b)
     assert found.jobs[0] == Job("ids", None, (a.tensors["ids"],), {}, "passthrough", "I64", (9,))
     assert found.jobs[1].dtype == "F32"
     assert found.jobs[2].experts == (a.tensors["flag"],)
@@ -162,11 +154,11 @@ def test_tensors_that_do_not_fit() -> None:
         "B: tensor 'w' is I32, in A it is F32; only floating dtypes merge"
     )
     assert refused(text, A=a, B=checkpoint("B", {"v": ("F32", (2, 3))})) == (
-        "B: no tensor 'w', which A has",
+        "B: no tensor 'w', which A has; only models with the same tensors merge",
         CheckpointError,
     )
     assert refused(text, B=checkpoint("B", llama(5, head=False)))[0] == (
-        "B: no tensor 'lm_head.weight', which A has; its head may be tied to the embedding"
+        "B: no tensor 'lm_head.weight', which A has; its head may be tied to the embedding: save it with the head written out"
     )
 
 
@@ -197,15 +189,15 @@ SLICE = "slices:\n  - sources: [%s]\nparameters: {weight: 1}"
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("merge_method: ties\nmodels: [{model: B}]", "r.yml: models: ties needs a base_model"),
-        ("merge_method: slerp\nmodels: [{model: B}, {model: A}]", "r.yml: models: slerp needs a base_model"),
+        ("merge_method: ties\nmodels: [{model: B}]", "r.yml: models: ties needs a base_model; name the model that the others were fine-tuned from"),
+        ("merge_method: slerp\nmodels: [{model: B}, {model: A}]", "r.yml: models: slerp needs a base_model; name the model that the others were fine-tuned from"),
         (
             "merge_method: slerp\nbase_model: A\nmodels: [{model: A}, {model: B}, {model: C}]",
-            "r.yml: models: slerp merges exactly 1 model beside the base A; there are 2",
+            "r.yml: models: slerp merges exactly 1 model beside the base model A; there are 2",
         ),
         (
             "merge_method: ties\nbase_model: A\nmodels: [{model: A}]",
-            "r.yml: models: ties merges at least 1 model beside the base A; there are 0",
+            "r.yml: models: ties merges at least 1 model beside the base model A; there are 0",
         ),
         (
             "merge_method: nuslerp\nmodels: [{model: A}]",
@@ -215,15 +207,14 @@ SLICE = "slices:\n  - sources: [%s]\nparameters: {weight: 1}"
             "merge_method: passthrough\nbase_model: A\nmodels: [{model: B}]",
             "r.yml: models: passthrough merges exactly 1 model; there are 2, with the base A that joins them",
         ),
-        ("merge_method: linear\nmodels: [{model: B}, {model: B}]", "r.yml: models: B is listed twice"),
+        ("merge_method: linear\nmodels: [{model: B}, {model: B}]", "r.yml: models: B is listed twice; list it once"),
         (
             "merge_method: linear\nmodels: [{model: B}, {model: A, parameters: {weight: []}}]",
             "r.yml: models[1].parameters.weight: an empty list; give a number or a gradient's points",
         ),
         (
             "merge_method: linear\nmodels: [{model: B, parameters: {weight: {filter: mlp, value: 1}}}]",
-            "r.yml: models: linear needs 'weight' of B for tensor 'lm_head.weight'; add it to the "
-            "model's parameters",
+            "r.yml: models: linear needs 'weight' of B for tensor 'lm_head.weight'; add it to the model's parameters",
         ),
         (
             "merge_method: slerp\nbase_model: A\nmodels: [{model: B}]",
@@ -231,11 +222,10 @@ SLICE = "slices:\n  - sources: [%s]\nparameters: {weight: 1}"
         ),
         (
             "merge_method: linear\n" + SLICE % "{model: A, layer_range: [0, 6]}",
-            "r.yml: slices[0]: layer_range [0, 6] of A, which has 5 layers",
+            "r.yml: slices[0]: layer_range [0, 6] of A, which has 5 layers; they count from 0 and the end is left out",
         ),
         (
-            "merge_method: linear\n"
-            + SLICE % "{model: A, layer_range: [0, 3]}, {model: B, layer_range: [1, 3]}",
+            "merge_method: linear\n" + SLICE % "{model: A, layer_range: [0, 3]}, {model: B, layer_range: [1, 3]}",
             "r.yml: slices[0]: A gives 3 layers, B 2; the sources of a slice must give equally many",
         ),
         (
@@ -252,7 +242,6 @@ def test_slices_need_one_stack() -> None:
     t5 = {f"{part}.block.{i}.w": ("F32", (1,)) for part in ("encoder", "decoder") for i in range(2)}
     text = "merge_method: linear\n" + SLICE % "{model: A, layer_range: [0, 1]}"
     assert refused(text, A=checkpoint("A", t5)) == (
-        "A: 2 layer stacks, slices need one: encoder.block (2 layers), decoder.block (2 layers); use "
-        "'models'",
+        "A: 2 layer stacks, slices need one: encoder.block (2 layers), decoder.block (2 layers); use 'models'",
         CheckpointError,
     )

@@ -71,9 +71,7 @@ def test_canonical_form_forgets_spelling_and_is_read_back() -> None:
             {"model": "org/one@v1", "parameters": {"weight": 1.0}},
             {
                 "model": "two",
-                "parameters": {
-                    "weight": [{"filter": "mlp", "value": [0.0, 0.1]}, {"filter": None, "value": 1e-5}]
-                },
+                "parameters": {"weight": [{"filter": "mlp", "value": [0.0, 0.1]}, {"filter": None, "value": 1e-5}]},
             },
         ],
         "parameters": {"lambda": 2.0, "normalize": False},
@@ -108,25 +106,24 @@ def bomb() -> str:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "r.yml: the recipe is empty"),
-        ("# nothing", "r.yml: the recipe is empty"),
+        ("", "r.yml: the recipe is empty; it needs a merge_method and models"),
+        ("# nothing", "r.yml: the recipe is empty; it needs a merge_method and models"),
         ("- a", "r.yml: a list at the top; a recipe is a mapping (merge_method: ...)"),
         ("~", "r.yml: nothing at the top; a recipe is a mapping (merge_method: ...)"),
         ("a: 1\n---\nb: 2", "r.yml, line 2: several documents; a recipe is one document"),
         (b"a: \xff", "r.yml: not UTF-8 text (byte 3)"),
-        ("a: 1\na: 2", "r.yml, line 2: the key 'a' is given twice"),
+        ("a: 1\na: 2", "r.yml, line 2: the key 'a' is given twice; keep one of them"),
         ("[1]: 2", "r.yml, line 1: a key must be plain text"),
         ("a: [1", "r.yml, line 1: not YAML: expected ',' or ']', but got '<stream end>'"),
         ("a: 1\0", "r.yml: not YAML: unacceptable character #x0000: special characters are not allowed"),
         ("a: *b", "r.yml, line 1: not YAML: found undefined alias 'b'"),
         (
             "a: 1\nb: !!python/object/apply:os.system [ls]",
-            "r.yml, line 2: the tag !!python/object/apply:os.system is refused; a recipe holds plain "
-            "values only",
+            "r.yml, line 2: the tag !!python/object/apply:os.system is refused; a recipe holds plain values only",
         ),
         ("a: !mine 1", "r.yml, line 1: the tag !mine is refused; a recipe holds plain values only"),
         ("a: &a [*a]", "r.yml, line 1: an alias stands for a value that holds it"),
-        (bomb(), "r.yml, line 6: aliases unfold to more than 100,000 values"),
+        (bomb(), "r.yml, line 6: aliases unfold to more than 100,000 values; write plain values"),
         ("[" * 50, "r.yml, line 1: nested more than 40 deep"),
         ("a: 2001-99-99", "r.yml: a value cannot be read: month must be in 1..12"),
         (
@@ -225,13 +222,11 @@ SLICES = "merge_method: passthrough\nslices: [{sources: [%s]}]"
         ),
         (
             f"merge_method: ties\n{TWO}\nmodules: {{}}",
-            "r.yml: modules: parts of a multimodal model are not told apart; 'models' merges every "
-            "tensor by its name",
+            "r.yml: modules: parts of a multimodal model are not told apart; 'models' merges every tensor by its name",
         ),
         (
             f"merge_method: ties\n{TWO}\nchat_template: auto",
-            "r.yml: chat_template: not supported; the template comes with the tokenizer's files "
-            "(tokenizer_source)",
+            "r.yml: chat_template: not supported; the template comes with the tokenizer's files (tokenizer_source)",
         ),
         (
             f"merge_method: ties\n{TWO}\ndtype: int64",
@@ -245,13 +240,11 @@ SLICES = "merge_method: passthrough\nslices: [{sources: [%s]}]"
         ),
         (
             SLICES % "{model: a, layer_range: [0]}",
-            "r.yml: slices[0].sources[0].layer_range: write [first, end], two whole numbers; the end "
-            "is left out",
+            "r.yml: slices[0].sources[0].layer_range: write [first, end], two whole numbers; the end is left out",
         ),
         (
             SLICES % "{model: a, layer_range: [0, 1.5]}",
-            "r.yml: slices[0].sources[0].layer_range: write [first, end], two whole numbers; the end "
-            "is left out",
+            "r.yml: slices[0].sources[0].layer_range: write [first, end], two whole numbers; the end is left out",
         ),
         (
             SLICES % "{model: a, layer_range: [3, 3]}",

@@ -30,9 +30,7 @@ def refusal(path):
 
 def sharded(folder):
     first = {"b": build.bf16([1.0, 2.0]), "a": np.zeros((2, 3), F)}
-    return build.checkpoint(
-        folder, {TWO: {"c": np.ones(3, np.float16)}, ONE: first}, config={"model_type": "x"}
-    )
+    return build.checkpoint(folder, {TWO: {"c": np.ones(3, np.float16)}, ONE: first}, config={"model_type": "x"})
 
 
 def test_a_sharded_folder(tmp_path):
@@ -140,9 +138,7 @@ def test_side_files(tmp_path):
     (tmp_path / "original" / "params.json").write_text("{}")
     (tmp_path / "dangling.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.txt")
-    assert Checkpoint.open(tmp_path).side_files == tuple(
-        tmp_path / name for name in sorted([*side, "config.json"])
-    )
+    assert Checkpoint.open(tmp_path).side_files == tuple(tmp_path / name for name in sorted([*side, "config.json"]))
 
 
 @pytest.mark.parametrize(
@@ -203,10 +199,7 @@ def test_a_missing_shard_is_named_with_its_tensors(tmp_path):
     shutil.rmtree(tmp_path)
     sharded(tmp_path)
     (tmp_path / TWO).unlink()
-    assert (
-        refusal(tmp_path)
-        == f"{tmp_path / INDEX}: tensor 'c' should be in {TWO}, which is missing; download it"
-    )
+    assert refusal(tmp_path) == f"{tmp_path / INDEX}: tensor 'c' should be in {TWO}, which is missing; download it"
 
 
 def test_a_tensor_in_two_shards(tmp_path):
