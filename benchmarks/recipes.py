@@ -61,7 +61,7 @@ def command(*args: str) -> list[str]:
 def described() -> dict[str, dict[str, Any]]:
     """The methods by name, as the command line describes them."""
     done = subprocess.run(command("methods", "--json"), capture_output=True, text=True, check=True)
-    return {row["name"]: row for row in json.loads(done.stdout)}
+    return {row["name"]: row for row in json.loads(done.stdout)["methods"]}
 
 
 def case(about: dict[str, Any], base: Path, experts: Sequence[Path], dtype: str = "bfloat16") -> Case:

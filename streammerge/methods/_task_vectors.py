@@ -1,7 +1,7 @@
 """What the methods of the task-vector family share: one formula, with parts left out or put in.
 
     v_k    = w_k r_k m_k (expert_k - base)      m_k keeps some elements, r_k restores the norm of what was dropped
-    merged = base + lambda sum_k v_k / divisor    summed over the v_k that agree with the elected sign, if one is elected
+    merged = base + lambda sum_k v_k / divisor   summed over the v_k that agree with the elected sign, if one is elected
 
 Elected is the sign of sum_k v_k (zero counts as plus). The divisor is 1, or with `normalize` the sum of the w_k that
 were summed. Semantics and defaults as mergekit 0.1.5 has them, computed in fp32 with one rounding at the end.

@@ -48,7 +48,6 @@ def test_recipes(case, tmp_path, monkeypatch, capsys):
     before = contents(tmp_path)
     options = (folder / "options").read_text() if (folder / "options").exists() else ""
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["streammerge", "merge", "recipe.yml", "OUT", "--quiet", *shlex.split(options)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
