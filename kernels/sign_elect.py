@@ -264,7 +264,7 @@ def host(
     assert len(weights) == count
     assert all(span.numel == out.numel for span in (base, *experts))
     bounds = np.empty((0, 6), np.int64) if trims is None else np.ascontiguousarray(trims, np.int64)
-    begun = np.zeros((count, 2), np.int64) if ranks is None else np.array(ranks, np.int64)
+    begun = np.zeros((count, 2), np.int64) if ranks is None else ranks
     assert bounds.shape in ((0, 6), (count, 6))
     assert begun.shape == (count, 2)
     factors = np.ascontiguousarray(np.stack([_factors(weights, rescale), weights], 1))
@@ -310,7 +310,10 @@ def reference(
         delta = expert.float() - b
         keep = torch.ones_like(delta, dtype=torch.bool)
         if trims is not None:
-            keep &= _kept(truth.magnitude(delta), trims[k], (0, 0) if ranks is None else ranks[k])
+            keys = truth.magnitude(delta)
+            keep &= _kept(keys, trims[k], (0, 0) if ranks is None else ranks[k])
+            if ranks is not None:
+                ranks[k] += [int((keys == int(trims[k, side])).sum()) for side in (0, 3)]
         if drop is not None:
             numel, stream = delta.numel(), (drop.seed, drop.tensor_id, drop.expert_ids[k])
             keep &= truth.philox(drop.start, numel, *stream, delta.device) < int(masks[k, 0])

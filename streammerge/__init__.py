@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    **dict.fromkeys(
-        ("diff", "inspect", "merge", "merge_state_dicts", "plan", "stream", "verify"), "streammerge.api"
-    ),
+    **dict.fromkeys(("diff", "inspect", "merge", "merge_state_dicts", "plan", "stream", "verify"), "streammerge.api"),
     **dict.fromkeys(
         (
             "BudgetTooSmall",

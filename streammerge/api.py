@@ -214,7 +214,7 @@ def _work(run: Run, writer: Writer, strict: bool, cancel: Token | None) -> None:
 
 
 def stream(
-    recipe: RecipeLike,
+    recipe: RecipeLike | Plan,
     *,
     cancel: Token | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -223,20 +223,21 @@ def stream(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The merged tensors one after the other, in the order of the base model's files; nothing is written.
 
-    The tensor that is handed out and the one being made come on top of the budget's two rings; the budget counts
-    the largest of them twice.
+    The tensor that is handed out and the one being made come on top of the rings: plan with `in_memory`, and the budget
+    counts the largest of them twice.
 
     A dtype that torch lacks (F6_E2M3 and its like) comes as flat bytes.
 
     Args:
-        recipe, options: as for `plan`.
+        recipe: as for `plan`, or a plan made with `in_memory`.
+        options: those of `plan`.
 
     Raises:
         what `merge` raises, while it is iterated.
     """
     import torch
 
-    made = plan(recipe, in_memory=True, **options)
+    made = recipe if isinstance(recipe, Plan) else plan(recipe, in_memory=True, **options)
     budget = Budget(made.ram_budget_bytes, made.held_bytes)
     run = Run(made, budget, reader=reader, progress=progress, cancelled=_asks(cancel))
     try:
@@ -258,7 +259,7 @@ def _shaped(raw: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tens
         return raw
     if DTYPES[dtype].bits < 8:
         shape = (*shape[:-1], shape[-1] * DTYPES[dtype].bits // 8)
-    return raw.view(known).reshape(shape)
+    return raw.view(known).reshape(shape) if raw.numel() else torch.empty(shape, dtype=known)
 
 
 def merge_state_dicts(
@@ -357,7 +358,7 @@ def demo(folder: str | Path, *, ram: str = "512MiB", fresh: bool = False, quiet:
     """Train a tiny base model and three experts in `folder`, merge them by every method, compare; the results.
 
     Raises:
-        RecipeError: transformers is not installed.
+        StreamMergeError: transformers is not installed, or a merge failed.
     """
     from rich.console import Console
 

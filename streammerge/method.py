@@ -73,7 +73,7 @@ class Tile:
     """The same contiguous slice of one tensor in every input, and where its result goes.
 
     `start` and `numel` count elements of the tensor; `shape` is the whole tensor's. `ranks` holds, for surveys that
-    rank elements, the counts over everything before this tile.
+    rank elements, the ranks where the tile begins; merging moves them to its end.
     """
 
     name: str
@@ -119,8 +119,11 @@ class Survey(ABC):
     wants_sample: ClassVar[bool] = False
     in_order: ClassVar[bool] = False  # tiles must be looked at one after the other
 
-    def sample(self, tiles: Sequence[Tile]) -> None:
-        """Some tiles spread evenly over the tensor: may speed the rounds up, never changes the answer."""
+    def sample(self, tiles: Sequence[Tile], resident: bool) -> None:
+        """Some tiles spread evenly over the tensor: may save rounds, never changes the answer.
+
+        `resident` says that another round costs no read.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -131,12 +134,16 @@ class Survey(ABC):
     def settle(self, partials: Sequence[Any]) -> bool:
         """Take in one round's partial answers, in tile order. False asks for another round."""
 
-    def ranks(self, tile: Tile, before: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
-        """Counts whose running sum over earlier tiles `merge` needs as `tile.ranks`; None if it needs none.
-
-        `before` is a running sum that this tile's is at least: what is beyond interest there need not be counted.
-        """
+    def first_ranks(self) -> npt.NDArray[np.int64] | None:
+        """Ranks at the tensor's start, if `merge` needs `tile.ranks`; it must then move them to the tile's end."""
         return None
+
+    def ranks(self, tile: Tile, before: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+        """How far a tile moves the ranks; asked only where there are `first_ranks`.
+
+        The ranks in front of the tile are at least `before`: what is beyond interest there need not be counted.
+        """
+        raise NotImplementedError
 
 
 class Method(ABC):
@@ -177,6 +184,10 @@ class TileMethod(Method):
     def survey(self, shape: tuple[int, ...], experts: int) -> Survey | None:
         """A fresh survey of one tensor, or None if tiles can be merged as they come."""
         return None
+
+    def rounds(self) -> int:
+        """Rounds that a survey takes if its sample did not mislead it: reads of a tensor that does not fit."""
+        return 1
 
     def keeps_equal(self) -> bool:
         """Whether inputs that are the same bytes give exactly those bytes, so that they can be copied."""

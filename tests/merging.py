@@ -58,7 +58,7 @@ def run(method, base, experts, *, tile=0, threads=1, dtype=None, seed=0, name="t
         survey = method.survey(shape, len(experts))
         if survey is not None and streamed:
             if survey.wants_sample:
-                survey.sample([t.part(0, max(1, t.numel // 7)) for t in tiles])
+                survey.sample([t.part(0, max(1, t.numel // 7)) for t in tiles], resident=False)
             while not survey.settle(list(look(crew, method, survey, tiles))):
                 pass
         elif survey is not None:

@@ -65,7 +65,8 @@ def plan(made: Any) -> None:
     """A plan in four lines."""
     body = made.as_dict()
     inputs = len(made.inputs)
-    passes = {1: "one pass", 2: "two passes where inputs do not fit"}[body["passes"]]
+    count = {2: "two", 3: "three"}.get(body["passes"], str(body["passes"]))
+    passes = "one pass" if body["passes"] == 1 else f"{count} passes where inputs do not fit"
     kernels = ", ".join(f"{name} ({how})" for name, how in body["kernels"].items())
     lines(
         [
@@ -131,7 +132,7 @@ def progress(made: Any, silent: bool) -> Iterator[Callable[[Any], None] | None]:
         transient=True,
     )
     with bar:
-        task = bar.add_task("merge", total=made.write_bytes, moved="", tensor="")
+        task = bar.add_task("merge", total=sum(t.end - t.begin for t in made.tensors), moved="", tensor="")
 
         def tell(now: Any) -> None:
             elapsed = bar.tasks[0].elapsed or 1e-9

@@ -69,6 +69,11 @@ def breadcrumbs(experts: Sequence[str]) -> Recipe:
     return _on_base("breadcrumbs", experts, weight=0.4, density=0.9, gamma=0.01)
 
 
+def breadcrumbs_ties(experts: Sequence[str]) -> Recipe:
+    """The same, where signs agree."""
+    return _on_base("breadcrumbs_ties", experts, weight=0.4, density=0.9, gamma=0.01)
+
+
 def model_stock(experts: Sequence[str]) -> Recipe:
     """Between the base and the mean, as far as the angles between the task vectors say."""
     return {"merge_method": "model_stock", "base_model": BASE, "models": _models(experts)}
@@ -93,6 +98,7 @@ METHODS: tuple[Callable[..., Recipe], ...] = (
     dare_linear,
     dare_ties,
     breadcrumbs,
+    breadcrumbs_ties,
     model_stock,
     passthrough,
 )

@@ -62,6 +62,7 @@ def make_report(plan: Plan, findings: Findings, watcher: Watcher, written: int) 
         "write_bytes": written,
         "seconds": round(seconds, 3),
         "bytes_per_second": round(moved / seconds) if seconds else 0,
+        "extra_rounds": findings.extra_rounds,
         "copied_tensors": len(findings.copied),
         "nonfinite": [{"tensor": t, "file": f, "holds": k} for t, f, k in findings.nonfinite],
         "predicted": plan.as_dict(),

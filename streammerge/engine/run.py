@@ -79,7 +79,7 @@ class Run:
         self.ring = Ring(budget, plan.ring_bytes, "the ring of tiles")
         self._reader = Reader(self.ring, reader)
         self._crew = Crew(plan.threads)
-        self._progress = Progress(read_total=plan.read_bytes, written_total=plan.write_bytes)
+        self._progress = Progress(read_total=plan.read_bytes, written_total=sum(t.end - t.begin for t in plan.tensors))
         self._mergers: dict[int, Merger] = {}
         self._surveys: dict[int, Survey] = {}
         self._feed: Feed | None = None
@@ -95,11 +95,17 @@ class Run:
         files = {spec.file: spec.end for tensor in self.plan.tensors for spec in tensor.inputs}
         self._reader.choose(list(files.items()))
         first, start = self._resume(*sink.position())
+        if first or start:
+            left = sum(step.read_bytes for step in self.plan.work(first, start))
+            self._progress.read_bytes = max(0, self.plan.read_bytes - left)
         self._progress.written_bytes = sum(t.end - t.begin for t in self.plan.tensors[:first])
         self._feed = Feed(self.ring, self._reader, self.plan.work(first, start))
         while (loaded := self._next()) is not None:
             if loaded.step.kind == "sample":
                 self._survey_streamed(loaded)
+                continue
+            if loaded.step.kind == "survey":  # a round that the survey did without
+                self.ring.give(loaded.slot)
                 continue
             group = [loaded]
             while not group[-1].step.last:
@@ -167,11 +173,14 @@ class Run:
         index = sample.step.pieces[0].tensor
         self._surveys[index] = survey = _fresh(self.plan.tensors[index])
         if survey.wants_sample:
-            survey.sample([self._tile(sample, piece) for piece in sample.step.pieces])
+            survey.sample([self._tile(sample, piece) for piece in sample.step.pieces], resident=False)
         self.ring.give(sample.slot)
+        planned = self.plan.tensors[index].method.rounds()
         while not survey.settle(self._round(index, survey)):
-            self.findings.extra_rounds += 1
-            self._restart(index)
+            planned -= 1
+            if planned < 1:
+                self.findings.extra_rounds += 1
+                self._restart(index)
 
     def _round(self, index: int, survey: Survey) -> list[object]:
         tensor = self.plan.tensors[index]

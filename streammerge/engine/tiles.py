@@ -19,11 +19,11 @@ import numpy.typing as npt
 from streammerge import kernel
 from streammerge.formats.dtypes import DTYPES
 from streammerge.kernels.numerics import Span
-from streammerge.method import SLICES, Flags, Survey, Tile, TileMethod
+from streammerge.method import Flags, Survey, Tile, TileMethod
 
 T = TypeVar("T")
 PART = 1 << 18  # elements that a thread takes at once, at least: work that outweighs handing it over
-RESIDENT_SAMPLE = 1 << 17  # elements of a sample of resident tiles
+RESIDENT_SAMPLE, RESIDENT_SLICES = 1 << 17, 16  # elements and slices of a sample of resident tiles
 ROUNDS = 8  # no survey needs more; one that does is a bug, not a slow tensor
 
 
@@ -63,7 +63,7 @@ def look(crew: Crew, method: TileMethod, survey: Survey, tiles: Iterable[Tile]) 
 def settle_in_memory(crew: Crew, method: TileMethod, survey: Survey, tiles: Sequence[Tile]) -> None:
     """Settle a survey of a tensor that is resident whole."""
     if survey.wants_sample:
-        survey.sample(_sample(tiles))
+        survey.sample(_sample(tiles), resident=True)
     for _ in range(ROUNDS):
         if survey.settle(list(look(crew, method, survey, tiles))):
             return
@@ -77,7 +77,7 @@ def _sample(tiles: Sequence[Tile]) -> list[Tile]:
         return list(tiles)
     picked = []
     for tile in tiles:
-        slices = max(2, SLICES * tile.numel // total)
+        slices = max(2, RESIDENT_SLICES * tile.numel // total)
         size = min(tile.numel, RESIDENT_SAMPLE * tile.numel // total) // slices
         starts = (at * (tile.numel - size) // (slices - 1) for at in range(slices))
         picked += [tile.part(start, start + size) for start in starts]
@@ -97,13 +97,15 @@ class Merger:
         """Write one tile's result to `tile.out`. Tiles of a tensor come in order."""
         if self.equal and _are_equal(tile):
             self._copy(tile)
-            self._count([tile])
+            self._rank([tile, tile.part(0, 0)])
             return
         self.equal = False
         parts = self._crew.cut(self._method, tile)
-        self._count(parts)
+        self._rank(parts)
         for flags in self._crew.each(lambda part: self._method.merge(part, self._survey), parts):
             self._note(flags)
+        if parts[-1].ranks is not None:
+            self._ranks = parts[-1].ranks  # moved to the tile's end by the merge
 
     def _copy(self, tile: Tile) -> None:
         """Copy one input's bytes, and look at them once for NaN and infinities."""
@@ -118,15 +120,18 @@ class Merger:
                 self._note(np.repeat(flag, inputs))
         ctypes.memmove(tile.out.address, tile.anchor.address, tile.numel * DTYPES[tile.out.dtype].bits // 8)
 
-    def _count(self, parts: Sequence[Tile]) -> None:
-        """Give every part the ranks of what lies before it."""
-        if self._survey is None:
+    def _rank(self, parts: Sequence[Tile]) -> None:
+        """Give every part the ranks of what lies before it; the last part's own elements need not be counted."""
+        survey = self._survey
+        before = self._ranks if self._ranks is not None or survey is None else survey.first_ranks()
+        if survey is None or before is None:
             return
-        survey, before = self._survey, self._ranks
-        for part, found in zip(parts, self._crew.each(lambda part: survey.ranks(part, before), parts), strict=True):
-            if found is not None:
-                self._ranks = np.zeros_like(found) if self._ranks is None else self._ranks
-                part.ranks, self._ranks = self._ranks, self._ranks + found
+        seen = before
+        counts = self._crew.each(lambda part: survey.ranks(part, seen), parts[:-1])
+        for part, moved in zip(parts, [*counts, np.zeros_like(before)], strict=True):
+            part.ranks = before.copy()
+            before = before + moved
+        self._ranks = before
 
     def _note(self, flags: Flags) -> None:
         self.flags = flags if self.flags is None else np.maximum(self.flags, flags)

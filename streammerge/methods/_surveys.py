@@ -23,6 +23,7 @@ Histogram: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]  # c
 TOP = 1 << 31  # one above every key of magnitude
 HISTOGRAMS = 32 << 20  # bytes that all histograms of a survey may hold
 BIN = 16  # bytes of a bin: its count, its smallest and its largest key
+RESIDENT_BINS = 1 << 14  # of a first bracket where another round costs no read
 COPIES = 4  # threads that count at once; more wait, rather than each hold a histogram
 SPREAD = 8.0  # how far, in standard deviations of a sampled rank, a first bracket reaches to both sides
 
@@ -118,7 +119,8 @@ class TrimSurvey(Survey):
         self.trims = np.zeros((len(self._windows), 6), np.int64)
         self._cuts = np.zeros((len(self._windows), 2), bool)  # bounds at which ties must be ranked
 
-    def sample(self, tiles: Sequence[Tile]) -> None:
+    def sample(self, tiles: Sequence[Tile], resident: bool) -> None:
+        bins = min(self._bins, RESIDENT_BINS) if resident else self._bins
         ends = np.cumsum([0, *(tile.numel for tile in tiles)])
         keys = np.empty(ends[-1], np.uint32)
         for expert in sorted({expert for expert, _ in self._open}):
@@ -126,10 +128,10 @@ class TrimSurvey(Survey):
                 kernel.call("magnitude_histogram", "keys", tile.base, tile.experts[expert], keys[lo:hi])
             keys.sort()
             for rank in self._windows[expert].ranks():
-                self._open[expert, rank] = self._guess(keys, rank)
+                self._open[expert, rank] = self._guess(keys, rank, bins)
                 self._likely[expert, rank] = int(keys[min(keys.size - 1, rank * keys.size // self._numel)])
 
-    def _guess(self, keys: npt.NDArray[np.uint32], rank: int) -> Bracket:
+    def _guess(self, keys: npt.NDArray[np.uint32], rank: int, bins: int) -> Bracket:
         """A bracket that holds the key of a rank almost surely; all of it if the sample is the tensor."""
         if keys.size == self._numel:
             return self._bracket(int(keys[rank]), int(keys[rank]) + 1)
@@ -137,12 +139,12 @@ class TrimSurvey(Survey):
         reach = SPREAD * math.sqrt(share * (1 - share) / keys.size) + 2 / keys.size
         low = keys[max(0, int((share - reach) * keys.size))]
         high = keys[min(keys.size - 1, int((share + reach) * keys.size) + 1)]
-        spare = max(0, self._bins - (int(high) + 1 - int(low))) // 2
-        return self._bracket(max(0, int(low) - spare), min(TOP, int(high) + 1 + spare))
+        spare = max(0, bins - (int(high) + 1 - int(low))) // 2
+        return self._bracket(max(0, int(low) - spare), min(TOP, int(high) + 1 + spare), bins)
 
-    def _bracket(self, low: int, high: int) -> Bracket:
+    def _bracket(self, low: int, high: int, bins: int = 0) -> Bracket:
         """Bins over [low, high), single keys if there are enough of them."""
-        shift = max(0, (-(-(high - low) // self._bins) - 1).bit_length())
+        shift = max(0, (-(-(high - low) // (bins or self._bins)) - 1).bit_length())
         return Bracket(low, shift, -(-(high - low) >> shift) if not shift else -(-(high - low) // (1 << shift)))
 
     def look(self, tile: Tile) -> Any:
@@ -212,15 +214,16 @@ class TrimSurvey(Survey):
             self.rescale[expert] = _ratio(whole[expert], kept)
         return True
 
-    def ranks(self, tile: Tile, before: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
-        """[experts, 2] elements that tie at the lower and the upper bound, where some of these stay and some go."""
-        if not self._cuts.any():
-            return None
+    def first_ranks(self) -> npt.NDArray[np.int64] | None:
+        """[experts, 2] zeros if at some bound some of the elements that tie stay and some go."""
+        return np.zeros((len(self._windows), 2), np.int64) if self._cuts.any() else None
+
+    def ranks(self, tile: Tile, before: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+        """[experts, 2] elements that tie at the lower and the upper bound."""
         counts = np.zeros((len(self._windows), 2), np.int64)
         for expert, side in np.argwhere(self._cuts):
-            last = self.trims[expert, 3 * side + 2]
+            key, last = int(self.trims[expert, 3 * side]), self.trims[expert, 3 * side + 2]
             if before is None or before[expert, side] < last:  # later ones all lie beyond what stays
-                key = int(self.trims[expert, 3 * side])
                 counts[expert, side] = kernel.call(
                     "magnitude_histogram", "count_equal", tile.base, tile.experts[expert], key
                 )

@@ -53,6 +53,9 @@ class Trimmed(TaskVectors):
     def uses(self) -> tuple[str, ...]:
         return self.kernels if self.rescale else ("magnitude_histogram", "sign_elect")
 
+    def rounds(self) -> int:
+        return 2 if self.rescale else 1  # thresholds, then the norms of what they keep
+
     def windows(self, numel: int, experts: int) -> list[Window]:
         """Which ranks of magnitude each expert keeps."""
         raise NotImplementedError

@@ -26,6 +26,8 @@ class TaskArithmetic(TaskVectors):
 
     density: PerExpert = param(1.0, "no effect here; accepted because recipes carry it", per_expert=True)
 
+    rescale: bool = param(False, "no effect here; accepted because recipes carry it")
+
     def merge(self, tile: Tile, survey: None) -> Flags:
         weights = spread(self.weight, len(tile.experts))
         scale = self.lambda_ / self.divisor(weights)

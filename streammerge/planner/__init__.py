@@ -7,6 +7,9 @@
     groups.py     Recipe + checkpoints -> which tensors meet: models, slices, the base's part in them
     dialect.py    which parameters they meet with; resolve() gives the Resolution
     jobs.py       one Job per output tensor, checked against the headers
+    layout.py     where every output tensor lies: shards, headers, offsets
+    steps.py      the order of work: which slices are read together, and what is done with them
+    plan.py       all of it cut to the budget: Plan
 
 Nothing here reads a weight.
 """

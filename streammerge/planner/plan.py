@@ -138,7 +138,8 @@ def make_plan(
     for step in merge_steps(tensors, cut):
         read += step.read_bytes
         steps += 1
-        passes = max(passes, 2 if step.kind == "survey" else 1)
+        surveyed = step.kind == "survey"
+        passes = max(passes, 1 + (tensors[step.pieces[0].tensor].method.rounds() if surveyed else 0))
         slots += step.size
     ring = min(ring, max(slots, PAGE))
     return Plan(

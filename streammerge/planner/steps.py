@@ -207,7 +207,8 @@ def surveyed_steps(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> It
         yield from tile_steps(tensors, index, cut, "merge", together=True)
     else:
         yield from sample_step(tensors, index)
-        yield from tile_steps(tensors, index, cut, "survey")
+        for _ in range(tensor.method.rounds()):
+            yield from tile_steps(tensors, index, cut, "survey")
         yield from tile_steps(tensors, index, cut, "merge")
 
 

@@ -105,7 +105,7 @@ def test_every_recipe_is_one_that_we_read(tmp_path):
     from streammerge.planner.recipe import load
 
     paths = recipes.write_recipes(tmp_path, ("code", "prose", "tables"), 4, [make.__name__ for make in recipes.METHODS])
-    assert len(paths) == 10
+    assert len(paths) == 11
     for name, path in paths.items():
         assert load(path).merge_method == name
 

@@ -16,10 +16,7 @@ import torch
 from streammerge.errors import CheckpointError, MachineError
 from streammerge.formats.header import MAX_NAME, TensorSpec, build_header, parse_header, read_header, show
 
-VALID = (
-    '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-    '"b":{"dtype":"U8","shape":[],"data_offsets":[8,9]}}'
-)
+VALID = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[],"data_offsets":[8,9]}}'
 
 
 def entry(dtype='"U8"', shape="[4]", offsets="[0,4]", extra=""):
@@ -113,10 +110,7 @@ def test_bf16_and_fp8_round_trip_through_torch(tmp_path):
 
 
 def test_names_are_data_and_offsets_decide_the_order():
-    header = (
-        '{"../../etc/x":{"dtype":"U8","shape":[1],"data_offsets":[1,2]},'
-        + entry(shape="[1]", offsets="[0,1]")[1:]
-    )
+    header = '{"../../etc/x":{"dtype":"U8","shape":[1],"data_offsets":[1,2]},' + entry(shape="[1]", offsets="[0,1]")[1:]
     assert [spec.name for spec in parse(header, bytes(2)).tensors] == ["t", "../../etc/x"]
 
 
@@ -363,9 +357,7 @@ def test_a_shard_must_be_a_regular_file(tmp_path):
 def test_a_file_that_shrinks_meanwhile(tmp_path, monkeypatch):
     file = tmp_path / "x.safetensors"
     file.write_bytes(build.raw_file(VALID, bytes(9)))
-    monkeypatch.setattr(
-        "os.pread", lambda descriptor, count, at, real=os.pread: real(descriptor, min(count, 60), at)
-    )
+    monkeypatch.setattr("os.pread", lambda descriptor, count, at, real=os.pread: real(descriptor, min(count, 60), at))
     with pytest.raises(CheckpointError, match="the file shrank while its header was read"):
         read_header(file)
 

@@ -126,9 +126,7 @@ def break_table(rng: random.Random, table: dict) -> None:
     elif kind == 2:
         entry["dtype"] = rng.choice([*DTYPES, "f32", "F128", ""])
     elif kind == 3:
-        entry["data_offsets"] = [
-            max(0, offset + rng.choice([-1, 0, 1, 4])) for offset in entry["data_offsets"]
-        ]
+        entry["data_offsets"] = [max(0, offset + rng.choice([-1, 0, 1, 4])) for offset in entry["data_offsets"]]
     elif kind == 4 and entry["shape"]:
         entry["shape"][rng.randrange(len(entry["shape"]))] = rng.choice([*odd, 0, 1, 2, 7])
     else:

@@ -26,9 +26,7 @@ def test_metadata_may_be_missing(tmp_path):
 
 
 def test_builds_a_literal(tmp_path):
-    built = build_index(
-        {"ü": "model-00002-of-00002.safetensors", "a": "model-00001-of-00002.safetensors"}, 10
-    )
+    built = build_index({"ü": "model-00002-of-00002.safetensors", "a": "model-00001-of-00002.safetensors"}, 10)
     assert built.decode() == (
         "{\n"
         '  "metadata": {\n'
@@ -111,9 +109,7 @@ def test_refused(tmp_path, text, line):
 )
 def test_an_index_cannot_leave_its_folder(tmp_path, file):
     assert "is not a plain file name" in file_fault(file)
-    with pytest.raises(
-        CheckpointError, match=r"tensor 'a': .* is not a plain file name, and a shard must lie beside"
-    ):
+    with pytest.raises(CheckpointError, match=r"tensor 'a': .* is not a plain file name, and a shard must lie beside"):
         read_index(write(tmp_path, json.dumps({"weight_map": {"a": file}})))
 
 

@@ -60,7 +60,9 @@ def test_parts_are_the_whole(elect, count):
         return sign_elect.Drop(np.linspace(0.2, 1, count), 1 << 63, 0xFFFFFFFF, range(count), start)
 
     whole = out.clone()
-    arguments.agree(sign_elect, (out, base, experts, weights, rescale, 0.9, True, elect, None, None, drop((1 << 35) + 2)))
+    arguments.agree(
+        sign_elect, (out, base, experts, weights, rescale, 0.9, True, elect, None, None, drop((1 << 35) + 2))
+    )
     rest = weights, rescale, 0.9, True, elect, None, None
     sign_elect.host(span(whole), span(base), reference.spans(experts), *rest, drop((1 << 35) + 2))
     for start, stop in ((0, 1), (1, 3), (3, 1000), (1000, 5003), (5003, numel)):

@@ -189,8 +189,14 @@ SLICE = "slices:\n  - sources: [%s]\nparameters: {weight: 1}"
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("merge_method: ties\nmodels: [{model: B}]", "r.yml: models: ties needs a base_model; name the model that the others were fine-tuned from"),
-        ("merge_method: slerp\nmodels: [{model: B}, {model: A}]", "r.yml: models: slerp needs a base_model; name the model that the others were fine-tuned from"),
+        (
+            "merge_method: ties\nmodels: [{model: B}]",
+            "r.yml: models: ties needs a base_model; name the model that the others were fine-tuned from",
+        ),
+        (
+            "merge_method: slerp\nmodels: [{model: B}, {model: A}]",
+            "r.yml: models: slerp needs a base_model; name the model that the others were fine-tuned from",
+        ),
         (
             "merge_method: slerp\nbase_model: A\nmodels: [{model: A}, {model: B}, {model: C}]",
             "r.yml: models: slerp merges exactly 1 model beside the base model A; there are 2",
