@@ -65,8 +65,8 @@ def plan(made: Any) -> None:
     """A plan in four lines."""
     body = made.as_dict()
     inputs = len(made.inputs)
-    count = {2: "two", 3: "three"}.get(body["passes"], str(body["passes"]))
-    passes = "one pass" if body["passes"] == 1 else f"{count} passes where inputs do not fit"
+    many = {2: "two", 3: "three"}.get(body["passes"], str(body["passes"]))
+    passes = "one pass" if body["passes"] == 1 else f"{many} passes where inputs do not fit"
     kernels = ", ".join(f"{name} ({how})" for name, how in body["kernels"].items())
     lines(
         [
