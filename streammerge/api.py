@@ -447,6 +447,8 @@ def _check_partial(partial: Path, made: Plan, resume: bool) -> None:
     if not partial.exists():
         return
     if not resume:
+        if any(partial.iterdir()) and not any((partial / name).exists() for name in (journal.NAME, MANIFEST)):
+            raise OutputExists(f"{partial}: is not unfinished work of streammerge; remove it yourself")
         journal.discard(partial)
     elif not journal.is_blank(partial) and journal.read(partial).digest != made.unfinished:
         raise OutputExists(

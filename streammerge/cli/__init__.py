@@ -58,7 +58,7 @@ def main() -> None:
     """Run the command line; every failure is one line on stderr and an exit code, a traceback too with --debug."""
     arguments = sys.argv[1:] or ["--help"]
     try:
-        code = cli.main(arguments, standalone_mode=False)
+        code = cli.main(arguments, "streammerge", standalone_mode=False)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:

@@ -30,7 +30,8 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str
         grid.add_row(*map(Text, row))
     out = console()
     if not sys.stdout.isatty():
-        out = Console(width=max(WIDTH, *(sum(map(len, row)) + 2 * len(row) for row in (columns, *rows))))
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        out = Console(width=max(WIDTH, sum(widths) + 2 * len(widths)))
     out.print(grid)
 
 

@@ -171,6 +171,18 @@ def test_unfinished_work_of_another_recipe_is_left_alone(tmp_path, large, recipe
     assert len(read(tmp_path / "out")) == 5
 
 
+def test_a_folder_that_only_looks_like_unfinished_work_is_not_discarded(tmp_path, recipe):
+    thesis = tmp_path / "out.partial" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("the only copy")
+    for resume in (True, False):
+        with pytest.raises(OutputExists, match=r"out.partial: "):
+            sm.merge(recipe, tmp_path / "out", ram=RAM, resume=resume)
+    assert thesis.read_text() == "the only copy"
+    thesis.unlink()
+    sm.merge(recipe, tmp_path / "out", ram=RAM, resume=False)
+
+
 def test_a_stream_can_be_left_and_cancelled(large):
     stream = sm.stream(large, ram=RAM)
     assert next(stream)[0] == "layers.0.w"

@@ -112,3 +112,29 @@ def test_names_that_are_not_utf8(here):
     code, out, err = shell("sm plan $'s\\xff.yml'", here)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "a recipe is a mapping" in err
+
+
+def test_the_progress_bar_on_a_terminal(tmp_path):
+    """Names of tensors are shown as they are, whatever a terminal library would make of them."""
+    pty = pytest.importorskip("pty")
+    for name, weight in (("a", 1), ("b", 2)):
+        tensors = {f"layer.{i}[/b]": np.full((300, 400), weight, np.float32) for i in range(30)}
+        build.checkpoint(tmp_path / name, {"model.safetensors": tensors})
+    recipe = build.recipe(tmp_path / "r.yml", "linear", [tmp_path / "a", tmp_path / "b"], weight=[1.0, 2.0])
+    reader, terminal = pty.openpty()
+    code = f"{SLOW.replace('0.05', '0.003')}\nfrom streammerge.cli import main\nmain()"
+    words = [sys.executable, "-c", code, "merge", str(recipe), str(tmp_path / "out"), "--ram", "1GiB"]
+    child = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    seen = b""
+    try:
+        while piece := os.read(reader, 1 << 16):
+            seen += piece
+    except OSError:
+        pass  # how Linux says that the other end is closed
+    os.close(reader)
+    out, _ = child.communicate(timeout=30)
+    assert child.returncode == 0, seen
+    assert "\x1b" not in out
+    assert b"[/b]" in seen
+    assert b"GB/s" in seen
