@@ -28,7 +28,7 @@ check: venv
 	$(BIN)/mypy
 
 bench: venv
-	$(BIN)/python benchmarks/merge.py --small
+	$(BIN)/python benchmarks/merge.py --small --repeat 2
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

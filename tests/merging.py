@@ -1,6 +1,7 @@
 """Runs one method over arrays in memory, cut into tiles as asked: what the contract tests of methods share."""
 
 import zlib
+from itertools import pairwise
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def run(method, base, experts, *, tile=0, threads=1, dtype=None, seed=0, name="t
             out=span(out, lo, hi),
             seed=seed,
         )
-        for lo, hi in zip(edges, edges[1:], strict=False)
+        for lo, hi in pairwise(edges)
     ]
     crew = Crew(threads)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from streammerge import __version__
 from streammerge.budget import resident
-from streammerge.engine.run import Findings
+from streammerge.engine.findings import Findings
 from streammerge.planner.plan import Plan
 
 PERIOD = 0.02  # seconds between two looks

@@ -11,11 +11,13 @@ from __future__ import annotations
 import ctypes
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import replace
+from typing import Any
 
 from streammerge.budget import Budget
 from streammerge.engine.feed import Feed, Loaded
+from streammerge.engine.findings import Findings, Progress
+from streammerge.engine.sinks import Sink
 from streammerge.engine.tiles import Crew, Merger, look, settle_in_memory
 from streammerge.errors import CheckpointError, Interrupted
 from streammerge.formats.dtypes import DTYPES
@@ -25,40 +27,6 @@ from streammerge.planner.plan import Plan
 from streammerge.planner.steps import Piece, PlannedTensor, Step, tile_steps
 from streammerge.store.reader import Mode, Reader
 from streammerge.store.ring import Ring
-
-
-class Sink(Protocol):
-    """Where results go. One step's results are contiguous: `room` once, `put` once."""
-
-    def position(self) -> tuple[int, int]:
-        """The shard and byte to start from: work before it is durable already."""
-
-    def room(self, shard: int, begin: int, size: int) -> int:
-        """The address for the `size` result bytes that belong at `begin` of a shard."""
-
-    def put(self) -> None:
-        """The bytes of the last `room` are there."""
-
-
-@dataclass
-class Progress:
-    """What a callback sees: bytes that moved and will move, and the tensor at hand."""
-
-    read_bytes: int = 0
-    read_total: int = 0
-    written_bytes: int = 0
-    written_total: int = 0
-    tensor: str = ""
-
-
-@dataclass
-class Findings:
-    """What a run noticed about its inputs."""
-
-    copied: list[str] = field(default_factory=list)  # the same bytes in every input
-    nonfinite: list[tuple[str, str, str]] = field(default_factory=list)  # tensor, file, "NaN" or "infinity"
-    read_bytes: int = 0
-    extra_rounds: int = 0
 
 
 class Run:
@@ -82,6 +50,7 @@ class Run:
         self._progress = Progress(read_total=plan.read_bytes, written_total=sum(t.end - t.begin for t in plan.tensors))
         self._mergers: dict[int, Merger] = {}
         self._surveys: dict[int, Survey] = {}
+        self._halfway = -1  # the tensor whose first half an earlier run merged
         self._feed: Feed | None = None
 
     def results(self, sink: Sink) -> Iterator[int]:
@@ -94,7 +63,10 @@ class Run:
         """
         files = {spec.file: spec.end for tensor in self.plan.tensors for spec in tensor.inputs}
         self._reader.choose(list(files.items()))
+        for note in sink.earlier_notes():
+            self._take(note)
         first, start = self._resume(*sink.position())
+        self._halfway = first if start else -1
         if first or start:
             left = sum(step.read_bytes for step in self.plan.work(first, start))
             self._progress.read_bytes = max(0, self.plan.read_bytes - left)
@@ -154,7 +126,7 @@ class Run:
 
     def _tell(self) -> None:
         if self._report is not None:
-            self._report(self._progress)
+            self._report(replace(self._progress))
 
     def _settle(self, group: list[Loaded]) -> None:
         """Survey, in memory, every tensor of these steps that asks for it and was not surveyed by streaming."""
@@ -211,20 +183,23 @@ class Run:
         head = self.plan.tensors[pieces[0].tensor]
         sizes = [piece.numel * self.plan.tensors[piece.tensor].out_itemsize for piece in pieces]
         address = sink.room(head.shard, head.begin + pieces[0].start * head.out_itemsize, sum(sizes))
+        finished = []
         for piece, size in zip(pieces, sizes, strict=True):
             tensor = self.plan.tensors[piece.tensor]
             tile = self._tile(loaded, piece)
             tile.out = Span(address, tensor.out_dtype, piece.numel)
             address += size
-            self._merger(piece.tensor).merge(tile)
+            merger = self._merger(piece.tensor)
+            merger.merge(tile)
+            self._look_at(piece.tensor, merger, sink)
+            if piece.start + piece.numel == tensor.numel:
+                finished.append(piece.tensor)
+                self._close_tensor(piece.tensor, sink)
         self.ring.give(loaded.slot)
         sink.put()
         self._progress.written_bytes += sum(sizes)
         self._tell()
-        for piece in pieces:
-            if piece.start + piece.numel == self.plan.tensors[piece.tensor].numel:
-                self._close_tensor(piece.tensor)
-                yield piece.tensor
+        yield from finished
 
     def _merger(self, index: int) -> Merger:
         if index not in self._mergers:
@@ -232,21 +207,30 @@ class Run:
             self._mergers[index] = Merger(self._crew, method, self._surveys.get(index))
         return self._mergers[index]
 
-    def _close_tensor(self, index: int) -> None:
-        """Forget a finished tensor's survey; remember what was noticed."""
+    def _look_at(self, index: int, merger: Merger, sink: Sink) -> None:
+        """Note at once which inputs hold what is not finite: a tensor's other half may be another run's."""
+        tensor = self.plan.tensors[index]
+        for spec, flag in zip(tensor.inputs, merger.flags if merger.flags is not None else (), strict=False):
+            found = (tensor.job.name, spec.file, "NaN" if flag == 2 else "an infinity")
+            if flag and found not in self.findings.nonfinite:
+                self._take({"nonfinite": list(found)})
+                sink.note({"nonfinite": list(found)})
+
+    def _take(self, note: dict[str, Any]) -> None:
+        self.findings.take(note)
+        if self._strict and "nonfinite" in note:
+            tensor, file, kind = note["nonfinite"]
+            raise CheckpointError(f"{file}: tensor {tensor!r} holds {kind}; mend it, or merge without --strict")
+
+    def _close_tensor(self, index: int, sink: Sink) -> None:
+        """Forget a finished tensor's survey; note if it was only copied, all of it by this run."""
         merger = self._mergers.pop(index)
         self._surveys.pop(index, None)
         tensor = self.plan.tensors[index]
-        if merger.equal and len(tensor.inputs) > 1:
-            self.findings.copied.append(tensor.job.name)
-        for spec, flag in zip(tensor.inputs, merger.flags if merger.flags is not None else (), strict=False):
-            if flag:
-                kind = "NaN" if flag == 2 else "an infinity"
-                self.findings.nonfinite.append((tensor.job.name, spec.file, kind))
-                if self._strict:
-                    raise CheckpointError(
-                        f"{spec.file}: tensor {tensor.job.name!r} holds {kind}; mend it, or merge without --strict"
-                    )
+        if merger.equal and len(tensor.inputs) > 1 and index != self._halfway:
+            note = {"copied": tensor.job.name}
+            self.findings.take(note)
+            sink.note(note)
 
     def _tile(self, loaded: Loaded, piece: Piece) -> Tile:
         tensor = self.plan.tensors[piece.tensor]

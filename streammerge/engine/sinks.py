@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 import numpy.typing as npt
 
 from streammerge.planner.plan import Plan
 from streammerge.store.ring import Slot
 from streammerge.store.writer import Writer
+
+
+class Sink(Protocol):
+    """Where results go. One step's results are contiguous: `room` once, `put` once."""
+
+    def position(self) -> tuple[int, int]:
+        """The shard and byte to start from: work before it is durable already."""
+
+    def room(self, shard: int, begin: int, size: int) -> int:
+        """The address for the `size` result bytes that belong at `begin` of a shard."""
+
+    def put(self) -> None:
+        """The bytes of the last `room` are there."""
+
+    def note(self, what: dict[str, Any]) -> None:
+        """Something noticed about bytes that are put next; a run that goes on where this one ended gets it back."""
+
+    def earlier_notes(self) -> list[dict[str, Any]]:
+        """What earlier runs noted about work that is durable."""
 
 
 class FileSink:
@@ -36,6 +57,12 @@ class FileSink:
     def put(self) -> None:
         assert self._latest is not None
         self._writer.put(*self._latest)
+
+    def note(self, what: dict[str, Any]) -> None:
+        self._writer.note(what)
+
+    def earlier_notes(self) -> list[dict[str, Any]]:
+        return self._writer.earlier_notes
 
     def finish(self) -> None:
         """Close the last shard, complete those that have no bytes left to merge, wait until all is on the disk.
@@ -90,6 +117,12 @@ class MemorySink:
             self._filled += step
             if self._filled == nbytes:
                 self._next, self._filled = self._next + 1, 0
+
+    def note(self, what: dict[str, Any]) -> None:
+        """Nothing here outlives the run."""
+
+    def earlier_notes(self) -> list[dict[str, Any]]:
+        return []
 
     def take(self, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of a finished tensor; the sink forgets them."""

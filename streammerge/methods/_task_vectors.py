@@ -19,7 +19,8 @@ from streammerge import kernel
 from streammerge.errors import RecipeError
 from streammerge.kernels.sign_elect import Drop
 from streammerge.method import Cost, Flags, PerExpert, Survey, Tile, TileMethod, param, spread
-from streammerge.methods._surveys import DropSurvey, TrimSurvey, Window, histogram_bytes
+from streammerge.methods._sums import DropSurvey
+from streammerge.methods._trims import TrimSurvey, Window, histogram_bytes
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.method import PerExpert, param, spread
-from streammerge.methods._surveys import Window
 from streammerge.methods._task_vectors import Trimmed
+from streammerge.methods._trims import Window
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from streammerge import kernel
 from streammerge.method import Flags, Survey, Tile, TileMethod, param
-from streammerge.methods._surveys import DotSurvey, row_grain
+from streammerge.methods._sums import DotSurvey, row_grain
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from streammerge import kernel
 from streammerge.method import Flags, PerExpert, Survey, Tile, TileMethod, param, spread
-from streammerge.methods._surveys import ColumnSurvey, DotSurvey, row_grain
+from streammerge.methods._sums import ColumnSurvey, DotSurvey, row_grain
 
 
 @dataclass(frozen=True)

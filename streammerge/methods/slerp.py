@@ -15,7 +15,7 @@ import numpy as np
 
 from streammerge import kernel
 from streammerge.method import Flags, Survey, Tile, TileMethod, param
-from streammerge.methods._surveys import DotSurvey
+from streammerge.methods._sums import DotSurvey
 
 LINEAR_ABOVE = 0.9995
 

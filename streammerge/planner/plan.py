@@ -27,7 +27,7 @@ from streammerge.store.checkpoint import Checkpoint
 from streammerge.store.ring import PAGE, round_up
 from streammerge.store.writer import HEADER_PIECE
 
-ALLOWANCE = 12 * MIB  # thread stacks, the allocator's slack, journal and progress
+ALLOWANCE = 16 * MIB  # thread stacks, the allocator's slack, journal and progress
 TILE = 8 * MIB  # bytes of one input in a step, at most: more does not make a disk faster
 DEPTH = 4  # steps the ring holds where nothing must be resident: one read, one merged, two on their way
 NOMINAL_RATE = 1e9  # bytes a second that `seconds` assumes of a disk; no weight is read to find out
@@ -127,7 +127,7 @@ def make_plan(
         RecipeError: a method that this engine cannot run.
     """
     layout = lay_out_output(resolution.jobs, resolution.shards, limits.shard_size, resolution.donor.metadata)
-    tensors = tuple(_planned(layout))
+    tensors = tuple(_planned(layout, recipe.where))
     threads = limits.threads or cores()
     used = dict.fromkeys(name for tensor in tensors for name in tensor.method.uses())
     kernels = {name: kernel.describe(name, limits.device) for name in used}
@@ -169,13 +169,16 @@ def make_plan(
     )
 
 
-def _planned(layout: Layout) -> Iterator[PlannedTensor]:
+def _planned(layout: Layout, where: str) -> Iterator[PlannedTensor]:
     made: dict[tuple[Any, ...], TileMethod] = {}
     for place in layout.places:
         job = place.job
         key = (job.method, *sorted(job.parameters.items()))
         if key not in made:
-            method = build(find(job.method), job.parameters)
+            try:
+                method = build(find(job.method), job.parameters)
+            except RecipeError as error:
+                raise RecipeError(f"{where}: tensor {job.name!r}: {error}") from None
             if not isinstance(method, TileMethod):
                 raise RecipeError(f"{job.method} is a {method.sees} method; this engine runs tile methods only")
             made[key] = method

@@ -3,6 +3,7 @@
     {"digest": "...", "version": 1}                  the plan this work belongs to; first line
     {"shard": "model-1.safetensors", "done": 4096}   bytes [0, done) of the shard are on the disk
     {"shard": "model-1.safetensors", "sha256": ".."} the shard is complete, and this is its hash
+    {"note": {...}}                                  what the run noticed in the bytes that the next line makes durable
 
 A line is appended only after the bytes it speaks of were synced. A line cut short by a kill is ignored.
 """
@@ -29,6 +30,7 @@ class Progress:
     digest: str = ""
     finished: dict[str, str] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by their text: work done twice is noted twice
 
 
 def read(folder: Path) -> Progress:
@@ -46,6 +48,8 @@ def read(folder: Path) -> Progress:
                 progress.finished[entry["shard"]] = entry["sha256"]
             elif "done" in entry:
                 progress.done[entry["shard"]] = entry["done"]
+            elif isinstance(entry["note"], dict):
+                progress.notes[json.dumps(entry["note"])] = entry["note"]
         except (ValueError, KeyError, TypeError):
             continue  # the kill came in the middle of this line
     return progress
@@ -104,9 +108,9 @@ class Journal:
             os.close(self._file)
             raise
 
-    def append(self, entry: dict[str, Any]) -> None:
-        """One line, on the disk when this returns."""
-        self._put(json.dumps(entry).encode() + b"\n")
+    def append(self, *entries: dict[str, Any]) -> None:
+        """A line for each, on the disk when this returns."""
+        self._put(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
         os.fdatasync(self._file) if hasattr(os, "fdatasync") else os.fsync(self._file)
 
     def _put(self, data: bytes) -> None:

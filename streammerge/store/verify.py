@@ -27,6 +27,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(manifest["shards"], dict):
             raise TypeError
     except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; name one that streammerge wrote") from None
         raise CheckpointError(
             f"{folder}: has no {MANIFEST}; only folders that streammerge wrote can be verified"
         ) from None

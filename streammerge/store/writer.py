@@ -10,23 +10,22 @@ go to the disk from where they were computed. SHA-256 is taken from the same slo
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from streammerge.budget import human
-from streammerge.errors import MachineError, OutputExists
+from streammerge.errors import MachineError
 from streammerge.store import journal
+from streammerge.store.publish import into_place, machine
 from streammerge.store.ring import PAGE, Ring, Slot
 from streammerge.store.shardfile import Shard, ShardFile, allocate, sync_path
 
-__all__ = ["HEADER_PIECE", "MANIFEST", "SYNC_EVERY", "Shard", "Writer", "into_place", "machine"]
+__all__ = ["HEADER_PIECE", "MANIFEST", "SYNC_EVERY", "Shard", "Writer"]
 
 MANIFEST = "streammerge.json"
 SYNC_EVERY = 256 << 20  # bytes between two journal lines: what a kill can cost
@@ -42,7 +41,7 @@ class Writer:
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MachineError(f"{self.partial}: cannot be made: {error.strerror}") from error
+            raise MachineError(f"{self.partial}: cannot be made: {error.strerror}; choose another folder") from error
         self._digest = digest
         self._journal = journal.Journal(self.partial, digest)
         self.hashes: dict[str, str] = {}
@@ -53,6 +52,7 @@ class Writer:
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._open: ShardFile | None = None
+        self._notes: list[dict[str, Any]] = []
         self._stopped = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -78,6 +78,15 @@ class Writer:
     def is_open(self) -> bool:
         """Whether a shard is being written."""
         return self._open is not None
+
+    @property
+    def earlier_notes(self) -> list[dict[str, Any]]:
+        """What earlier runs noted about the work that is durable."""
+        return list(self._journal.found.notes.values())
+
+    def note(self, what: dict[str, Any]) -> None:
+        """Remember something about the bytes put so far; it is in the journal before they are."""
+        self._notes.append(what)
 
     def resume_at(self, shard: int) -> int:
         """Bytes of a shard that need not be written again; its size if it is complete."""
@@ -147,17 +156,18 @@ class Writer:
 
     def _mark(self, stream: ShardFile) -> None:
         """Have the journal say how far this shard is durable, once it is; an interrupt may come between any lines."""
-        writes, durable = list(stream.writes), stream.sent
+        writes, durable, notes = list(stream.writes), stream.sent, list(self._notes)
         stream.marked = stream.position
-        self._syncer.submit(self._guard, self._sync, stream, writes, durable)
+        self._syncer.submit(self._guard, self._sync, stream, writes, durable, notes)
         stream.writes = stream.writes[len(writes) :]
+        self._notes = self._notes[len(notes) :]
 
-    def _sync(self, stream: ShardFile, writes: list[Future[None]], durable: int) -> None:
+    def _sync(self, stream: ShardFile, writes: list[Future[None]], durable: int, notes: list[dict[str, Any]]) -> None:
         for write in writes:
             write.result()
         if self._failure is None:
             stream.sync(durable)
-            self._journal.append({"shard": stream.layout.name, "done": durable})
+            self._journal.append(*({"note": note} for note in notes), {"shard": stream.layout.name, "done": durable})
 
     def end(self) -> None:
         """Close the open shard; its last bytes, sync, hash and journal line follow on other threads."""
@@ -166,15 +176,18 @@ class Writer:
         assert stream.position == stream.layout.size
         self._open = None
         hashed = self._hasher.submit(self._guard, lambda: None)
-        self._syncer.submit(self._guard, self._finish, stream, stream.writes, hashed, done=stream.close)
+        notes, self._notes = self._notes, []
+        self._syncer.submit(self._guard, self._finish, stream, stream.writes, hashed, notes, done=stream.close)
 
-    def _finish(self, stream: ShardFile, writes: list[Future[None]], hashed: Future[None]) -> None:
+    def _finish(
+        self, stream: ShardFile, writes: list[Future[None]], hashed: Future[None], notes: list[dict[str, Any]]
+    ) -> None:
         for write in [*writes, hashed]:
             write.result()
         if self._failure is None:
             stream.finish()
             digest = stream.hash.hexdigest()
-            self._journal.append({"shard": stream.layout.name, "sha256": digest})
+            self._journal.append(*({"note": note} for note in notes), {"shard": stream.layout.name, "sha256": digest})
             self.hashes[stream.layout.name] = digest
 
     def _guard(self, work: Callable[..., Any], *args: Any, done: Callable[[], None] | None = None) -> None:
@@ -252,17 +265,6 @@ class Writer:
         self._journal.close()
 
 
-@contextmanager
-def machine(partial: Path) -> Iterator[None]:
-    """What the operating system refuses in this block is the machine's fault, said in one line."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fault = "the disk is full; make room" if full else f"{error.strerror}; mend it"
-        raise MachineError(f"{partial}: {fault} and run the same command again to go on with what is done") from error
-
-
 class _Countdown:
     """Calls `then` when it has been called `count` times."""
 
@@ -275,16 +277,3 @@ class _Countdown:
             if self._left:
                 return
         self._then()
-
-
-def into_place(partial: Path, out: Path, overwrite: bool) -> None:
-    """Rename a complete folder to its final name; an old one goes only when the new one is there."""
-    old = out.with_name(out.name + ".replaced")
-    if out.exists():
-        if not overwrite:
-            raise OutputExists(f"{out}: exists; --overwrite replaces it")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(out, old)
-    os.rename(partial, out)
-    sync_path(out.parent)
-    shutil.rmtree(old, ignore_errors=True)

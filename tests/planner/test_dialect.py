@@ -158,7 +158,8 @@ def test_tensors_that_do_not_fit() -> None:
         CheckpointError,
     )
     assert refused(text, B=checkpoint("B", llama(5, head=False)))[0] == (
-        "B: no tensor 'lm_head.weight', which A has; its head may be tied to the embedding: save it with the head written out"
+        "B: no tensor 'lm_head.weight', which A has; its head may be tied to the embedding: "
+        "save it with the head written out"
     )
 
 

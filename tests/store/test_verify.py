@@ -46,8 +46,12 @@ def test_a_shard_that_is_missing_shorter_or_longer(folder):
 
 def test_no_manifest(folder):
     (folder / MANIFEST).unlink()
-    for where in (folder, folder / "nowhere", folder / "b.safetensors"):
-        with pytest.raises(CheckpointError, match=f"has no {MANIFEST}; only folders that streammerge wrote"):
+    for where, fault in (
+        (folder, f"has no {MANIFEST}; only folders that streammerge wrote"),
+        (folder / "nowhere", "no such folder; name one that streammerge wrote"),
+        (folder / "b.safetensors", "no such folder; name one that streammerge wrote"),
+    ):
+        with pytest.raises(CheckpointError, match=fault):
             verify(where)
 
 

@@ -1,7 +1,7 @@
-"""What whole tensors must say: exact ranks of magnitude, norms under a random mask, dot products.
+"""Exact ranks of magnitude over whole tensors: what a trim needs to know.
 
-Counts are integers and add up in any order. Sums are taken per logical block in a fixed order and folded exactly
-(math.fsum), so tiles, threads and devices cannot be seen in them.
+A sample places a bracket around each rank; one round counts what lies below it and, key by key, within it. Counts are
+integers and add up in any order: tiles, threads and devices cannot be seen in a threshold.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from streammerge import kernel
 from streammerge.kernels.select_threshold import Bracket, Found, drop_largest, keep_largest, narrow
 from streammerge.method import BLOCK, SAMPLE, Survey, Tile
+from streammerge.methods._sums import fsums, ratio
 
 Histogram: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]  # counts, smallest and largest keys
 TOP = 1 << 31  # one above every key of magnitude
@@ -26,11 +27,6 @@ BIN = 16  # bytes of a bin: its count, its smallest and its largest key
 RESIDENT_BINS = 1 << 14  # of a first bracket where another round costs no read
 COPIES = 4  # threads that count at once; more wait, rather than each hold a histogram
 SPREAD = 8.0  # how far, in standard deviations of a sampled rank, a first bracket reaches to both sides
-
-
-def row_grain(row: int) -> int:
-    """Elements at whose multiples tiles may be cut so that rows stay whole."""
-    return row * -(-BLOCK // row) if row else BLOCK
 
 
 @dataclass(frozen=True)
@@ -200,7 +196,7 @@ class TrimSurvey(Survey):
 
     def _settle_norms(self, partials: Sequence[Any]) -> bool:
         """r = |delta|_1 / |kept delta|_1; elements that tie at a bound count by how many of them stay."""
-        whole, inside = _fsums(np.concatenate(list(partials)))
+        whole, inside = fsums(np.concatenate(list(partials)))
         for expert, window in enumerate(self._windows):
             low, first, last, high, high_first, high_last = (int(v) for v in self.trims[expert])
             kept = inside[expert]
@@ -211,7 +207,7 @@ class TrimSurvey(Survey):
             else:
                 kept += (last - first) * _value(low) if 0 <= low < TOP else 0.0
                 kept += (high_last - high_first) * _value(high) if 0 <= high < TOP else 0.0
-            self.rescale[expert] = _ratio(whole[expert], kept)
+            self.rescale[expert] = ratio(whole[expert], kept)
         return True
 
     def first_ranks(self) -> npt.NDArray[np.int64] | None:
@@ -252,93 +248,3 @@ def _added(several: Sequence[Histogram]) -> Histogram:
 
 def _value(key: int) -> float:
     return float(np.array(key, np.uint32).view(np.float32))
-
-
-def _ratio(whole: float, kept: float) -> float:
-    return 1.0 if whole < 1e-7 or kept < 1e-7 else whole / kept
-
-
-def _fsums(partials: npt.NDArray[np.float64]) -> tuple[list[float], list[float]]:
-    """Exact sums over blocks of [blocks, experts, 2]."""
-    experts = range(partials.shape[1])
-    sums = [[math.fsum(partials[:, expert, which]) for expert in experts] for which in (0, 1)]
-    return sums[0], sums[1]
-
-
-class DropSurvey(Survey):
-    """L1 norms of each task vector before and after its random mask; `rescale` is their ratio."""
-
-    def __init__(self, kept: npt.NDArray[np.float64]) -> None:
-        self._kept = kept
-        self.rescale = np.ones(len(kept))
-
-    @staticmethod
-    def bytes_kept(numel: int, experts: int) -> int:
-        return -(-numel // BLOCK) * experts * 2 * 8 * 3
-
-    def look(self, tile: Tile) -> npt.NDArray[np.float64]:
-        sums = np.zeros((-(-tile.numel // BLOCK), len(self._kept), 2))
-        for expert, density in enumerate(self._kept):
-            if 0 < density < 1:
-                partials = np.empty((sums.shape[0], 2))
-                where = (tile.seed, tile.tensor_id, expert, tile.start)
-                kernel.run("drop_rescale", tile.base, tile.experts[expert], float(density), *where, partials)
-                sums[:, expert] = partials
-        return sums
-
-    def settle(self, partials: Sequence[Any]) -> bool:
-        whole, kept = _fsums(np.concatenate(list(partials)))
-        self.rescale = np.array([_ratio(w, k) for w, k in zip(whole, kept, strict=True)])
-        return True
-
-
-class DotSurvey(Survey):
-    """Gram entries of the inputs, or of the task vectors where there is a base: of the tensor, or of each row.
-
-    `sums` is [groups, K(K+1)/2], the upper triangle row by row; a method whose base is one of two points (slerp) has
-    base and expert as its inputs.
-    """
-
-    def __init__(self, row: int = 0) -> None:
-        self._row = row
-        self.sums = np.zeros((0, 0))
-
-    @staticmethod
-    def bytes_kept(numel: int, inputs: int, row: int = 0) -> int:
-        return -(-numel // (row or BLOCK)) * inputs * (inputs + 1) // 2 * 8 * 3
-
-    def look(self, tile: Tile) -> npt.NDArray[np.float64]:
-        inputs, base = _points(tile)
-        block = self._row or BLOCK
-        partials = np.empty((-(-tile.numel // block), len(inputs) * (len(inputs) + 1) // 2))
-        kernel.run("norms_and_dots", inputs, base, block, partials)
-        return partials
-
-    def settle(self, partials: Sequence[Any]) -> bool:
-        blocks = np.concatenate(list(partials))
-        self.sums = blocks if self._row else np.array([[math.fsum(column) for column in blocks.T]])
-        return True
-
-
-class ColumnSurvey(Survey):
-    """Gram entries of each column. Rows are added one after the other, so tiles are looked at in order."""
-
-    in_order = True
-
-    def __init__(self, columns: int) -> None:
-        self._columns = columns
-        self.sums = np.zeros((columns, 3))
-
-    def look(self, tile: Tile) -> None:
-        inputs, base = _points(tile)
-        kernel.call("norms_and_dots", "columns", inputs, base, self._columns, self.sums)
-
-    def settle(self, partials: Sequence[Any]) -> bool:
-        return True
-
-
-def _points(tile: Tile) -> tuple[tuple[Any, ...], Any]:
-    """The vectors whose angles count, and what they are measured from."""
-    if tile.base is not None and len(tile.experts) == 1:
-        return (tile.base, *tile.experts), None
-    return tile.experts, tile.base

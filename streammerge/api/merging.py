@@ -1,0 +1,193 @@
+"""`merge`: plan, run, report; the output folder is complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from streammerge.api.planning import RecipeLike, plan
+from streammerge.budget import Budget
+from streammerge.engine.findings import Progress
+from streammerge.engine.report import Watcher, make_report
+from streammerge.engine.run import Run
+from streammerge.engine.sinks import FileSink
+from streammerge.errors import CheckpointError, Interrupted, OutputExists, RecipeError
+from streammerge.planner.plan import Plan, describe_inputs
+from streammerge.store import journal
+from streammerge.store.publish import into_place, machine
+from streammerge.store.reader import Mode
+from streammerge.store.ring import Closed, Ring
+from streammerge.store.writer import MANIFEST, Writer
+
+
+class Token(Protocol):
+    """Whatever can say that the work should stop: a threading.Event, for one."""
+
+    def is_set(self) -> bool: ...
+
+
+def merge(
+    recipe: RecipeLike | Plan,
+    out: str | Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    strict: bool = False,
+    reader: Mode = "auto",
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Token | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Merge into the folder `out`, which is complete or absent when this returns or fails.
+
+    Args:
+        recipe: as for `plan`, or a plan made before.
+        out: the folder to make. Unfinished work lies in OUT.partial and is taken up again by the same call.
+        resume: take up unfinished work; False discards it.
+        overwrite: replace `out` if it exists.
+        strict: refuse inputs that hold a NaN or an infinity.
+        reader: how files are read; the result does not depend on it.
+        progress: called with `Progress` as bytes move.
+        cancel: stops the work when it is set; what was done is kept.
+        options: those of `plan`; none beside a plan, which has them already.
+
+    Returns:
+        The report: measured figures, and the plan's under "predicted".
+
+    Raises:
+        what `plan` raises; OutputExists; MachineError (disk full, I/O error); Interrupted.
+    """
+    if isinstance(recipe, Plan) and options:
+        raise TypeError(f"a plan has its {', '.join(options)} already; give the options to plan()")
+    target = check_out(out, overwrite)
+    with Watcher() as watcher:
+        made = recipe if isinstance(recipe, Plan) else plan(recipe, **options)
+        _check_apart(target, made)
+        partial = target.with_name(target.name + ".partial")
+        if resume and _is_complete(partial, made):
+            with machine(partial):
+                into_place(partial, target, overwrite)  # killed between the last sync and the rename
+            return dict(json.loads((target / MANIFEST).read_bytes())["report"])
+        _check_partial(partial, made, resume)
+        budget = Budget(made.ram_budget_bytes, made.held_bytes)
+        run = Run(made, budget, reader=reader, strict=strict, progress=progress, cancelled=asks(cancel))
+        ring = Ring(budget, made.out_bytes, "the ring of results")
+        writer: Writer | None = None
+        try:
+            writer = Writer(target, made.layout.shards, made.unfinished, ring)
+            _work(run, writer, strict, cancel)
+        finally:
+            ring.stop()
+            run.close()
+            if writer is not None:
+                writer.close()
+            ring.close()
+    report = make_report(made, run.findings, watcher, writer.bytes_written)
+    files, copies = _side_files(made)
+    manifest = {
+        "recipe": made.recipe.canonical(),
+        "digest": made.digest,
+        "work": made.unfinished,
+        "inputs": describe_inputs(made),
+        "shards": {shard.name: writer.hashes[shard.name] for shard in made.layout.shards},
+        "report": report,
+    }
+    writer.publish(files, copies, json.dumps(manifest, indent=1).encode(), overwrite)
+    return report
+
+
+def check_out(out: str | Path, overwrite: bool = False) -> Path:
+    """The absolute path of an output folder, if a merge may make it.
+
+    Raises:
+        OutputExists: it is there already, or holds what no merge wrote.
+        RecipeError: no folder can be made there.
+    """
+    target = Path(os.path.abspath(out))
+    try:
+        if not os.fspath(out) or os.path.dirname(target) == str(target):
+            raise RecipeError(f"OUT is {str(out)!r}; name the folder to make")
+        above = next(folder for folder in target.parents if folder.exists())
+        if not above.is_dir():
+            raise RecipeError(f"{out}: {above} is a file; choose another folder")
+        if target.exists() and not overwrite:
+            raise OutputExists(f"{out}: exists; --overwrite replaces it")
+        if target.exists() and not ((target / MANIFEST).exists() or (target.is_dir() and not any(target.iterdir()))):
+            raise OutputExists(
+                f"{out}: --overwrite replaces what streammerge wrote and nothing else; remove it yourself"
+            )
+    except OSError as error:
+        raise RecipeError(f"{out}: {error.strerror}; choose another folder") from error
+    return target
+
+
+def _check_apart(target: Path, made: Plan) -> None:
+    """Refuse to write where an input lies: it would be gone."""
+    for folder in (target, target.with_name(target.name + ".partial")):
+        for checkpoint in made.inputs:
+            if folder.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
+                raise RecipeError(f"{target}: the input {checkpoint.path} lies there; choose another folder")
+
+
+def _work(run: Run, writer: Writer, strict: bool, cancel: Token | None) -> None:
+    """Drive the run; on any way out, what is durable is in the journal."""
+    sink = FileSink(run.plan, writer)
+    try:
+        for _ in run.results(sink):
+            pass
+        sink.finish()
+    except Closed:
+        writer.check()
+        raise
+    except (Interrupted, KeyboardInterrupt):
+        writer.park()
+        code = getattr(cancel, "exit_code", 130)
+        raise Interrupted(
+            f"stopped; what is done is kept in {writer.partial}: run the same command again to go on", code
+        ) from None
+    except CheckpointError:
+        if strict:
+            writer.discard()
+        raise
+
+
+def _is_complete(partial: Path, made: Plan) -> bool:
+    """Whether a folder holds all of this plan's work, manifest included, and only the rename is missing."""
+    if not (partial / MANIFEST).exists():
+        return False
+    try:
+        return bool(json.loads((partial / MANIFEST).read_bytes())["work"] == made.unfinished)
+    except (ValueError, KeyError):
+        return False
+
+
+def _check_partial(partial: Path, made: Plan, resume: bool) -> None:
+    """Refuse to mix this work with another recipe's; discard it if asked to."""
+    if not partial.exists():
+        return
+    if not resume:
+        if any(partial.iterdir()) and not any((partial / name).exists() for name in (journal.NAME, MANIFEST)):
+            raise OutputExists(f"{partial}: is not unfinished work of streammerge; remove it yourself")
+        journal.discard(partial)
+    elif not journal.is_blank(partial) and journal.read(partial).digest != made.unfinished:
+        raise OutputExists(
+            f"{partial}: holds unfinished work of another recipe or version, or an input changed since; "
+            "--no-resume discards it"
+        )
+
+
+def _side_files(made: Plan) -> tuple[dict[str, bytes], list[Path]]:
+    """Small files to write, and files to copy from the donor."""
+    files: dict[str, bytes] = {}
+    if made.layout.index is not None:
+        files[made.layout.index_name] = made.layout.index
+    if made.config is not None:
+        files["config.json"] = json.dumps(made.config, indent=2).encode() + b"\n"
+    return files, [path for path in made.donor.side_files if path.name not in files]
+
+
+def asks(cancel: Token | None) -> Callable[[], bool]:
+    return cancel.is_set if cancel is not None else lambda: False

@@ -1,0 +1,96 @@
+"""`plan`: from whatever names a recipe to a Plan, from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streammerge import method as methods
+from streammerge.budget import cores, default_ram, parse_size
+from streammerge.errors import RecipeError
+from streammerge.planner import recipe as recipes
+from streammerge.planner.dialect import resolve
+from streammerge.planner.plan import Limits, Plan, make_plan
+from streammerge.store.checkpoint import Checkpoint
+from streammerge.store.hub import locate
+
+RecipeLike = str | Path | Mapping[str, Any] | recipes.Recipe
+DEVICES = ("auto", "cpu")
+
+
+def plan(
+    recipe: RecipeLike,
+    *,
+    ram: str | int | None = None,
+    vram: str | int | None = None,
+    device: str = "auto",
+    threads: int = 0,
+    shard_size: str | int | None = None,
+    seed: int = 0,
+    in_memory: bool = False,
+) -> Plan:
+    """What a merge would read, hold and write, from headers alone.
+
+    Args:
+        recipe: a YAML file, a mapping of the same form, or a Recipe.
+        ram: bytes of host memory the process may hold ("4GiB"); 80 % of what is free if left out.
+        vram: bytes of device memory.
+        device: "auto" or "cpu".
+        threads: for the arithmetic; all processors if 0. The result does not depend on it.
+        shard_size: bytes of tensors in an output shard; the base model's own shards if left out.
+        seed: of the methods that draw random numbers.
+        in_memory: count two of the largest results, as `stream` holds them.
+
+    Raises:
+        RecipeError, CheckpointError: the request or an input is wrong.
+        BudgetTooSmall: the merge does not fit; `least` would do.
+    """
+    _check_device(device)
+    check_numbers(threads, seed)
+    limits = Limits(
+        ram=default_ram() if ram is None else _size("--ram", ram),
+        threads=threads or cores(),
+        device="cpu",
+        shard_size=None if shard_size is None else _size("--shard-size", shard_size),
+        seed=seed,
+        in_memory=in_memory,
+    )
+    if vram is not None:
+        _size("--vram", vram)
+    parsed, near = _load(recipe)
+    checkpoints = {name: Checkpoint.open(locate(name, near)) for name in parsed.references}
+    resolution = resolve(parsed, checkpoints, methods.find)
+    return make_plan(parsed, resolution, checkpoints, limits)
+
+
+def _load(recipe: RecipeLike) -> tuple[recipes.Recipe, list[Path]]:
+    """The recipe, and the folders beside the current one in which its models may lie."""
+    if isinstance(recipe, recipes.Recipe):
+        return recipe, []
+    if isinstance(recipe, Mapping):
+        return recipes.from_dict(recipe), []
+    return recipes.load(recipe), [Path(recipe).resolve().parent]
+
+
+def _check_device(device: str) -> None:
+    if device not in DEVICES:
+        raise RecipeError(f"--device {device}: only the CPU pipeline is built; use one of {', '.join(DEVICES)}")
+
+
+def check_numbers(threads: int, seed: int) -> None:
+    if threads < 0:
+        raise RecipeError(f"--threads {threads}: give the number of threads, 0 for all processors")
+    if not 0 <= seed < 1 << 64:
+        raise RecipeError(f"--seed {seed}: give a number from 0 to 2^64 - 1")
+
+
+def _size(option: str, given: str | int) -> int:
+    """The bytes that an option asks for."""
+    try:
+        found = parse_size(given)
+    except RecipeError as error:
+        raise RecipeError(f"{option}: {error}") from None
+    if found < 1:
+        raise RecipeError(f"{option} {given}: must be more than nothing; write it as 4GiB, 4GB or 500M")
+    return found
