@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from streammerge import kernel
-from streammerge.kernels import numerics, reference, sign_elect
+from streammerge.kernels import numerics, reference
+from streammerge.kernels.host import sign_elect
 from streammerge.kernels.numerics import ITEMSIZE, Array, Span
 
 Part = Callable[[int, int], object]  # works on elements [start, stop)
@@ -122,7 +123,7 @@ def norms(count: int, columns: int | None, numel: int) -> Row:
     def part(a: int, b: int) -> object:
         cuts = [cut(s, a, b) for s in spans], cut(b_span, a, b)
         if columns:
-            return kernel.find("norms_and_dots").columns(*cuts, columns, np.zeros((columns, pairs)))
+            return kernel.host("norms_and_dots").columns(*cuts, columns, np.zeros((columns, pairs)))
         return kernel.run("norms_and_dots", *cuts, 4096, np.empty((-(-(b - a) // 4096), pairs)))
 
     def eager() -> object:

@@ -8,40 +8,30 @@ groups = columns with inner = 1 for one per column (slow: runs of one element). 
   - an expert with coefficient 0 takes no part, whatever it holds;
   - a sum that is zero leaves c[g, 0] * base, hence the base where c[g, 0] is 1;
   - c[g, 0] = 1, one coefficient 1 and the others 0 give that expert (base + (expert - base) would not).
+
+On a GPU each input is read once and the output written once. Tensors of up to SMALL elements wait for the end of the
+batch, and all of the same dtypes are done by one launch.
 """
 
-# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numba
 import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
-from .numerics import (
-    BF16,
-    CHUNK,
-    Array,
-    Span,
-    as_f32,
-    as_u32,
-    bf16_bits,
-    compiled,
-    f32,
-    flags,
-    inlined,
-    load,
-    pointer,
-    store,
-    table,
-    u32,
-)
+from . import reference as truth
+from .device import INFINITY, alignment, block_size, codes, load, pointer, raise_peak, store
+from .host.add_deltas import WHOLE
+from .numerics import Array, Span
+from .queue import Queue
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WHOLE = 1 << 62  # `inner` of a tensor with one group
+LAUNCH = {"BLOCK": 2048, "num_warps": 4}
+SMALL = 1 << 15  # elements below which a launch costs more than the work
 
 CASES = [
     (numel, dtypes, experts, groups, inner)
@@ -53,130 +43,213 @@ CASES = [
 ]  # fmt: skip
 
 
-@inlined
-def _axpy(total: Array, c: float, x: Array, base: Array, m: int) -> None:
-    for i in range(m):
-        total[i] += c * (x[i] - base[i])
+@triton.jit
+def _block(
+    row,
+    spans,
+    scales,
+    only,
+    table,
+    groups,
+    inner,
+    first,
+    peaks,
+    offs,
+    mask,
+    CODES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BUNDLED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block. Addresses (out, base, experts) and coefficients come from arguments or from a row of a table."""
+    COUNT: tl.constexpr = len(CODES)
+    if GROUPED:  # the row's first element decides by 64 bits, the rest by 32
+        place = (first % inner).to(tl.uint32) + tl.arange(0, offs.shape[0]).to(tl.uint32)
+        g = ((first // inner % groups).to(tl.uint32) + place // inner.to(tl.uint32)) % groups.to(tl.uint32)
+        c_base = tl.load(pointer(table, tl.float32, 1) + g * COUNT)
+        only = tl.load(pointer(table, tl.int32, 1) + g * COUNT + (COUNT - 1))
+    elif BUNDLED:
+        c_base = tl.load(pointer(table, tl.float32, 1))
+        only = tl.load(pointer(table, tl.int32, 1) + (COUNT - 1))
+    else:
+        c_base = scales[0]
+    address = tl.load(row + 1) if BUNDLED else spans[1]
+    base = load(address, offs, mask, CODES[1], ALIGN, MASKED)
+    highest = base.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    total, copied = tl.zeros_like(base), tl.zeros_like(base)
+    for k in tl.static_range(2, COUNT):
+        address = tl.load(row + k) if BUNDLED else spans[k]
+        x = load(address, offs, mask, CODES[k], ALIGN, MASKED)
+        if GROUPED:
+            c = tl.load(pointer(table, tl.float32, 1) + g * COUNT + (k - 1))
+        elif BUNDLED:
+            c = tl.load(pointer(table, tl.float32, 1) + (k - 1))
+        else:
+            c = scales[k - 1]
+        total = tl.where(c == 0, total, total + c * (x - base))
+        copied = tl.where(only == k - 2, x, copied)
+        highest = tl.maximum(highest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    start = c_base * base
+    result = tl.where(only >= 0, copied, tl.where(total == 0, start, start + total))
+    address = tl.load(row) if BUNDLED else spans[0]
+    store(address, offs, result, mask, CODES[0], ALIGN, MASKED)
+    if tl.max(highest, 0) >= INFINITY:  # rare: say which input it was
+        for k in tl.static_range(1, COUNT):
+            address = tl.load(row + k) if BUNDLED else spans[k]
+            raise_peak(peaks, k - 1, load(address, offs, mask, CODES[k], ALIGN, MASKED), 1)
 
 
-@inlined
-def _axpy_bf16(total: Array, c: float, address: int, start: int, base: Array, m: int) -> int:
-    """_axpy straight from memory: the commonest case gains a tenth."""
-    source, peak = numba.carray(pointer(address + 2 * start), (m,), np.uint16), u32(0)
-    for i in range(m):
-        bits = u32(u32(source[i]) << u32(16))
-        total[i] += c * (as_f32(bits) - base[i])
-        peak = max(peak, u32(bits & u32(0x7FFFFFFF)))
-    return peak
+@triton.jit(do_not_specialize=["numel", "start", "only", "groups", "inner"])
+def _add(
+    spans,
+    scales,
+    only,
+    table,
+    groups,
+    inner,
+    start,
+    numel,
+    peaks,
+    CODES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = at + tl.arange(0, BLOCK)
+    first, groups, inner = at + start, tl.cast(groups, tl.int64), tl.cast(inner, tl.int64)
+    if at + BLOCK <= numel:
+        _block(
+            table,
+            spans,
+            scales,
+            only,
+            table,
+            groups,
+            inner,
+            first,
+            peaks,
+            offs,
+            offs,
+            CODES,
+            ALIGN,
+            False,
+            GROUPED,
+            False,
+        )
+    else:
+        mask = offs < numel
+        _block(
+            table,
+            spans,
+            scales,
+            only,
+            table,
+            groups,
+            inner,
+            first,
+            peaks,
+            offs,
+            mask,
+            CODES,
+            ALIGN,
+            False,
+            GROUPED,
+            True,
+        )
 
 
-@inlined
-def _finish(total: Array, c: float, base: Array, m: int) -> None:
-    for i in range(m):
-        start = c * base[i]
-        total[i] = start if total[i] == f32(0) else start + total[i]
+@triton.jit
+def _add_bundle(rows, scales, places, CODES: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """`places` says which row a program belongs to and which of its blocks it is."""
+    COUNT: tl.constexpr = len(CODES)
+    place = pointer(places, tl.int32, 1) + 2 * tl.program_id(0)
+    which, block = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)
+    row = pointer(rows, tl.int64, 1) + which * (COUNT + 2)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < tl.load(row + COUNT)
+    table, peaks = scales + which * (4 * COUNT), tl.load(row + COUNT + 1)
+    _block(row, 0, 0, 0, table, 0, 0, 0, peaks, offs, mask, CODES, ALIGN, True, False, True)
 
 
-@inlined
-def _finish_bf16(total: Array, c: float, base: Array, address: int, at: int, m: int) -> None:
-    """_finish straight to memory."""
-    out = numba.carray(pointer(address + 2 * at), (m,), np.uint16)
-    for i in range(m):
-        start = c * base[i]
-        value = start if total[i] == f32(0) else start + total[i]
-        out[i] = numba.uint16(bf16_bits(as_u32(value)))
-
-
-@inlined
-def _only(c: Array) -> int:
-    """The one expert that a group copies; -1 if it must be computed."""
-    found = -1
-    for k in range(1, len(c)):
-        if c[k] != f32(0):
-            if found >= 0 or c[k] != f32(1):
-                return -1
-            found = k - 1
-    return found if c[0] == f32(1) else -1
-
-
-@inlined
-def _group(element: int, inner: int, groups: int) -> int:
-    return (element // inner) % groups if groups > 1 else 0
-
-
-@inlined
-def _end(at: int, low: int, m: int, inner: int, groups: int) -> int:
-    """Where the run of one group ends that begins at `low` in the chunk at element `at`."""
-    if groups == 1:
-        return m
-    return min(m, low + inner - (at + low) % inner)
-
-
-@inlined
-def _take(total: Array, c: Array, only: Array, k: int, x: Array, base: Array, at: int, m: int, inner: int) -> None:
-    """Add expert k to a chunk, run by run of one group."""
-    low, groups = 0, len(c)
-    while low < m:
-        high, g = _end(at, low, m, inner, groups), _group(at + low, inner, groups)
-        if only[g] == k:
-            total[low:high] = x[low:high]
-        elif only[g] < 0 and c[g, k + 1] != f32(0):
-            _axpy(total[low:high], c[g, k + 1], x[low:high], base[low:high], high - low)
-        low = high
-
-
-@compiled(numba.int64[:, ::1], numba.float32[:, ::1], numba.int64, numba.int64, numba.int64, numba.uint32[::1])
-def _add(spans: Array, c: Array, start: int, inner: int, numel: int, peaks: Array) -> None:
-    groups, experts = len(c), len(spans) - 2
-    base, total, x = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    only = np.empty(groups, np.int64)
-    for g in range(groups):
-        only[g] = _only(c[g])
-    direct = groups == 1 and only[0] < 0
-    for at in range(0, numel, CHUNK):
-        m = min(CHUNK, numel - at)
-        peaks[0] = max(peaks[0], load(spans[1], at, m, base))
-        total[:m] = f32(0)
-        for k in range(experts):
-            if direct and spans[k + 2, 1] == BF16 and c[0, k + 1] != f32(0):
-                peak = _axpy_bf16(total, c[0, k + 1], spans[k + 2, 0], at, base, m)
-            else:
-                peak = load(spans[k + 2], at, m, x)
-                _take(total, c, only, k, x, base, start + at, m, inner)
-            peaks[k + 1] = max(peaks[k + 1], peak)
-        if direct and spans[0, 1] == BF16:
-            _finish_bf16(total, c[0, 0], base, spans[0, 0], at, m)
-            continue
-        low = 0
-        while low < m:
-            high, g = _end(start + at, low, m, inner, groups), _group(start + at + low, inner, groups)
-            if only[g] < 0:
-                _finish(total[low:high], c[g, 0], base[low:high], high - low)
-            low = high
-        store(total, spans[0], at, m)
-
-
-def host(out: Span, base: Span, experts: Sequence[Span], coefs: Array, start: int = 0, inner: int = WHOLE) -> Array:
-    """Write `out`, whose first element is element `start` of the tensor; say per input (base first) what it holds."""
+def launch(
+    queue: Queue,
+    out: Span,
+    base: Span,
+    experts: Sequence[Span],
+    coefs: Array,
+    start: int = 0,
+    inner: int = WHOLE,
+) -> Array:
     coefs = np.ascontiguousarray(coefs, np.float32)
     assert coefs.ndim == 2
     assert coefs.shape[1] == len(experts) + 1
-    assert len(coefs) > 0
-    assert inner > 0
-    assert all(span.numel == out.numel for span in (base, *experts))
-    peaks = np.zeros(len(experts) + 1, np.uint32)
-    _add(table(out, base, *experts), coefs, start, inner, out.numel, peaks)
-    return flags(peaks)
+    spans = (out, base, *experts)
+    assert all(span.numel == out.numel for span in spans)
+    if len(coefs) == 1 and out.numel <= SMALL:
+        peaks, found = queue.peaks(len(experts) + 1)
+        queue.bundle(("add_deltas", codes(*spans)), _launch_bundle, (spans, coefs[0], peaks))
+        return found
+    peaks, found = queue.peaks(len(experts) + 1)
+    block = block_size(LAUNCH["BLOCK"])
+    only = _only(coefs)
+    grouped = len(coefs) > 1
+    table = queue.constant(np.hstack([coefs, only[:, None].view(np.float32)])) if grouped else 0
+    queue.submit(
+        _add,
+        (triton.cdiv(out.numel, block),),
+        tuple(span.address for span in spans),
+        tuple(float(c) for c in coefs[0]),
+        int(only[0]),
+        table,
+        len(coefs),
+        inner,
+        start,
+        out.numel,
+        peaks,
+        CODES=codes(*spans),
+        ALIGN=alignment(*spans),
+        GROUPED=grouped,
+        BLOCK=block,
+        num_warps=LAUNCH["num_warps"],
+    )
+    return found
+
+
+def _launch_bundle(queue: Queue, items: list[Any]) -> None:
+    """One launch for many small tensors of the same dtypes."""
+    block = block_size(1024)
+    rows = np.array([(*(s.address for s in spans), spans[0].numel, peaks) for spans, _, peaks in items], np.int64)
+    coefs = np.stack([c for _, c, _ in items])
+    scales = np.hstack([coefs, _only(coefs)[:, None].view(np.float32)])
+    counts = [-(-spans[0].numel // block) for spans, _, _ in items]
+    places = np.array([(which, at) for which, count in enumerate(counts) for at in range(count)], np.int32)
+    spans = [span for item in items for span in item[0]]
+    queue.submit(
+        _add_bundle,
+        (len(places),),
+        queue.constant(rows),
+        queue.constant(scales),
+        queue.constant(places),
+        CODES=codes(*items[0][0]),
+        ALIGN=alignment(*spans),
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def _only(coefs: Array) -> Array:
+    """Per group the one expert that it copies; -1 if it must be computed."""
+    used = coefs[:, 1:] != 0
+    alone = (coefs[:, 0] == 1) & (used.sum(1) == 1) & ((coefs[:, 1:] == 1) == used).all(1)
+    return np.where(alone, used.argmax(1) if coefs.shape[1] > 1 else -1, -1).astype(np.int32)
 
 
 def reference(
     out: Tensor, base: Tensor, experts: Sequence[Tensor], coefs: Array, start: int = 0, inner: int = WHOLE
 ) -> Array:
     """The same in torch, element by element."""
-    import torch
-
-    from . import reference as truth
-
     element = torch.arange(start, start + out.numel(), device=out.device)
     group = element // inner % len(coefs)
     c = torch.from_numpy(np.asarray(coefs, np.float32)).to(out.device)
@@ -203,8 +276,6 @@ def inputs(
     device: str = "cpu",
     seed: int = 0,
 ) -> tuple[Any, ...]:
-    from . import reference as truth
-
     out, base, *others = truth.tensors(numel, dtypes, experts + 2, device, seed)
     coefs = np.random.default_rng(seed).normal(size=(groups, experts + 1)).astype(np.float32)
     coefs[:, 0] = 1
@@ -212,6 +283,4 @@ def inputs(
 
 
 def bytes_moved(out: Any, base: Any, experts: Sequence[Any], *rest: Any) -> int:
-    from . import reference as truth
-
     return truth.nbytes(out, base, *experts)

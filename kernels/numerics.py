@@ -50,11 +50,12 @@ u32, u64, f32, f64 = numba.uint32, numba.uint64, numba.float32, numba.float64
 
 
 class Span(NamedTuple):
-    """Contiguous host memory, aligned to its items; whoever made it keeps it alive."""
+    """Contiguous memory, aligned to its items; whoever made it keeps it alive. `queue` is the way to a GPU's."""
 
     address: int
     dtype: str
     numel: int
+    queue: Any = None
 
 
 def table(*spans: Span) -> Array:
@@ -310,6 +311,12 @@ def threshold(density: float) -> int:
 
 
 # --- sums in a fixed order: lane l of a block takes elements l, l + 128, ... in turn; lanes are folded by halves ---
+
+
+@inlined
+def add_magnitudes(lanes: Array, x: Array, m: int) -> None:
+    for i in range(m):
+        lanes[i] += abs(x[i])
 
 
 @inlined

@@ -108,18 +108,19 @@ def tensors(
     return made
 
 
-def span(tensor: torch.Tensor) -> Span:
-    """The tensor's memory; the caller keeps the tensor."""
+def span(tensor: torch.Tensor, queue: Any = None) -> Span:
+    """The tensor's memory; the caller keeps the tensor. `queue` is for launches on it."""
     assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
-    return Span(tensor.data_ptr(), NAMES[tensor.dtype], tensor.numel())
+    return Span(tensor.data_ptr(), NAMES[tensor.dtype], tensor.numel(), queue)
 
 
-def spans(value: Any) -> Any:
-    """Arguments of a reference as arguments of a host function: tensors become spans, at any depth of lists."""
+def spans(value: Any, queue: Any = None) -> Any:
+    """Arguments of a reference as those of host (or launch): tensors become spans, at any depth of lists and tuples."""
     if isinstance(value, torch.Tensor):
-        return span(value)
-    return [spans(v) for v in value] if isinstance(value, list) else value
+        return span(value, queue)
+    if isinstance(value, list) or type(value) is tuple:
+        return type(value)(spans(v, queue) for v in value)
+    return value
 
 
 def nbytes(*tensors: Any) -> int:

@@ -14,37 +14,19 @@ and of the keys that equal a bound those whose rank among their equals, in index
 Ties are rare: a chunk whose ties fall all on one side is done without looking at them one by one.
 """
 
-# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import numba
 import numpy as np
+import torch
+from torch import Tensor
 
-from .numerics import (
-    CHUNK,
-    Array,
-    Span,
-    compiled,
-    f32,
-    flags,
-    inlined,
-    load,
-    magnitude,
-    philox,
-    store,
-    subtract,
-    table,
-    threshold,
-    u32,
-)
+from . import reference as truth
+from .host.sign_elect import Drop, divisor_of, factors_of, masks_of
+from .numerics import Array
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-ALL = (-1, 0, 0, 1 << 31, 0, 0)  # bounds that keep every element
 CASES = [
     (numel, dtypes, experts, normalize, elect, trimmed, dropped)
     for dtypes in (("BF16",), ("F32",), ("F16", "BF16", "F32"))
@@ -53,227 +35,6 @@ CASES = [
         (5001, 3, False, True, False, True), (3000, 2, True, False, True, True), (777, 5, True, True, True, True),
     )
 ]  # fmt: skip
-
-
-class Drop(NamedTuple):
-    """Random masks: expert k keeps a share `density`.
-
-    `start` is the tensor's element at which the part begins; `expert_ids` name the random streams.
-    """
-
-    density: float | Array
-    seed: int
-    tensor_id: int
-    expert_ids: Sequence[int]
-    start: int
-
-
-@inlined
-def _count(keys: Array, m: int, key: int) -> int:
-    count = u32(0)
-    for i in range(m):
-        count = u32(count + u32(keys[i] == key))
-    return count
-
-
-@inlined
-def _keep_between(v: Array, keys: Array, low: int, high: int, m: int) -> None:
-    for i in range(m):
-        v[i] = v[i] if (keys[i] >= low) & (keys[i] <= high) else f32(0)
-
-
-@inlined
-def _keep_ranked(v: Array, keys: Array, trim: Array, rank_low: int, rank_high: int, m: int) -> None:
-    """Element by element, for a chunk in which ties are cut in two."""
-    for i in range(m):
-        key, keep = numba.int64(keys[i]), True
-        if key <= trim[0]:
-            keep = key == trim[0] and trim[1] <= rank_low < trim[2]
-            rank_low += key == trim[0]
-        if key >= trim[3]:
-            keep = keep and key == trim[3] and trim[4] <= rank_high < trim[5]
-            rank_high += key == trim[3]
-        if not keep:
-            v[i] = f32(0)
-
-
-@inlined
-def _whole(rank: int, ties: int, first: int, last: int) -> int:
-    """1 if all of these ties are kept, 0 if none, -1 if they are cut in two."""
-    if ties == 0 or rank >= last or rank + ties <= first:
-        return 0
-    return 1 if rank >= first and rank + ties <= last else -1
-
-
-@inlined
-def _trim(v: Array, keys: Array, trim: Array, rank: Array, m: int) -> None:
-    """Zero what lies outside the bounds, and move the ranks past this chunk."""
-    for i in range(m):
-        keys[i] = magnitude(v[i])
-    low, high = trim[0], trim[3]
-    low_ties = numba.int64(_count(keys, m, u32(low))) if low >= 0 else 0
-    high_ties = numba.int64(_count(keys, m, u32(high))) if 0 <= high < 1 << 31 else 0
-    take_low, take_high = _whole(rank[0], low_ties, trim[1], trim[2]), _whole(rank[1], high_ties, trim[4], trim[5])
-    if take_low < 0 or take_high < 0:
-        _keep_ranked(v, keys, trim, rank[0], rank[1], m)
-    else:
-        least, most = low + (0 if take_low else 1), high - (0 if take_high else 1)
-        if most < least or most < 0 or least >= 1 << 31:
-            v[:m] = f32(0)
-        else:
-            _keep_between(v, keys, u32(max(least, 0)), u32(min(most, (1 << 31) - 1)), m)
-    rank[0] += low_ties
-    rank[1] += high_ties
-
-
-@inlined
-def _drop(v: Array, words: Array, last: int, m: int) -> None:
-    for i in range(m):
-        v[i] = v[i] if words[i] <= last else f32(0)
-
-
-@inlined
-def _scale_add(v: Array, c: float, total: Array, m: int) -> None:
-    """v becomes c * v where it is kept; a dropped element stays +0, even under an infinite or negative c."""
-    for i in range(m):
-        v[i] = f32(0) if v[i] == f32(0) else c * v[i]
-        total[i] += v[i]
-
-
-@inlined
-def _elect(v: Array, total: Array, weight: float, counted: Array, weights: Array, m: int) -> None:
-    """Add one expert's votes where they go with the majority."""
-    for i in range(m):
-        agrees = v[i] > f32(0) if total[i] >= f32(0) else v[i] < f32(0)
-        counted[i] += v[i] if agrees else f32(0)
-        weights[i] += weight if agrees else f32(0)
-
-
-@inlined
-def _finish(base: Array, counted: Array, weights: Array, divide: bool, scale: float, m: int) -> None:
-    if divide:
-        for i in range(m):
-            divisor = f32(1) if weights[i] == f32(0) else weights[i]
-            mean = counted[i] / divisor
-            counted[i] = base[i] if counted[i] == f32(0) else base[i] + scale * mean
-    else:
-        for i in range(m):
-            counted[i] = base[i] if counted[i] == f32(0) else base[i] + scale * counted[i]
-
-
-@compiled(
-    numba.int64[:, ::1],  # out, base, experts
-    numba.float32[:, ::1],  # per expert: the factor of its delta, its weight
-    numba.int64[:, ::1],  # trims, or no rows
-    numba.int64[:, ::1],  # ranks
-    numba.int64[:, ::1],  # per expert: threshold of its random words, its stream; or no rows
-    numba.int64[::1],  # seed, tensor, first element
-    numba.boolean,
-    numba.boolean,
-    numba.float32,
-    numba.float32,
-    numba.int64,
-    numba.uint32[::1],
-)
-def _merge(
-    spans: Array,
-    factors: Array,
-    trims: Array,
-    ranks: Array,
-    masks: Array,
-    stream: Array,
-    normalize: bool,
-    elect: bool,
-    divisor: float,
-    scale: float,
-    numel: int,
-    peaks: Array,
-) -> None:
-    experts = len(factors)
-    base, total, v = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty((experts, CHUNK), np.float32)
-    counted, weights = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    keys, words = np.empty(CHUNK, np.uint32), np.empty(CHUNK + 4, np.uint32)
-    weights[:] = divisor
-    for at in range(0, numel, CHUNK):
-        m = min(CHUNK, numel - at)
-        peaks[0] = max(peaks[0], load(spans[1], at, m, base))
-        total[:m] = f32(0)
-        for k in range(experts):
-            peaks[k + 1] = max(peaks[k + 1], load(spans[k + 2], at, m, v[k]))
-            subtract(v[k], base, m)
-            if len(trims) > 0:
-                _trim(v[k], keys, trims[k], ranks[k], m)
-            if len(masks) > 0 and masks[k, 0] == 0:
-                v[k, :m] = f32(0)
-            elif len(masks) > 0 and masks[k, 0] < 1 << 32:
-                element = stream[2] + at
-                philox(words, element >> 2, (m + 6) >> 2, stream[0], stream[1], masks[k, 1])
-                _drop(v[k], words[element & 3 :], u32(masks[k, 0] - 1), m)
-            _scale_add(v[k], factors[k, 0], total, m)
-        if elect:
-            counted[:m] = f32(0)
-            weights[:m] = f32(0)
-            for k in range(experts):
-                _elect(v[k], total, factors[k, 1], counted, weights, m)
-            _finish(base, counted, weights, normalize, scale, m)
-            store(counted, spans[0], at, m)
-        else:
-            _finish(base, total, weights, normalize, scale, m)
-            store(total, spans[0], at, m)
-
-
-def _total(weights: Array) -> Any:
-    """The divisor without an election: the weights' sum in fp32, one after the other."""
-    total = np.float32(0)
-    for weight in weights:
-        total = np.float32(total + weight)
-    return np.float32(1) if abs(total) < 1e-8 else total
-
-
-def _factors(weights: Array, rescale: Array | None) -> Array:
-    """fp32 w_k * rescale_k, the product taken in fp64."""
-    wide = weights.astype(np.float64)
-    return (wide if rescale is None else wide * np.asarray(rescale, np.float64)).astype(np.float32)
-
-
-def _masks(drop: Drop | None, experts: int) -> tuple[Array, Array]:
-    if drop is None:
-        return np.empty((0, 2), np.int64), np.zeros(3, np.int64)
-    density = np.broadcast_to(np.asarray(drop.density, np.float64), (experts,))
-    masks = [(threshold(float(d)), stream) for d, stream in zip(density, drop.expert_ids, strict=True)]
-    seed = drop.seed - (1 << 64) if drop.seed >= 1 << 63 else drop.seed
-    return np.array(masks, np.int64).reshape(experts, 2), np.array([seed, drop.tensor_id, drop.start], np.int64)
-
-
-def host(
-    out: Span,
-    base: Span,
-    experts: Sequence[Span],
-    weights: Array,
-    rescale: Array | None,
-    scale: float,
-    normalize: bool,
-    elect: bool,
-    trims: Array | None,
-    ranks: Array | None,
-    drop: Drop | None,
-) -> Array:
-    """Write `out`; say per input (base first) what it holds. `ranks` (at L and U; zeros if None) is only read."""
-    count = len(experts)
-    weights = np.ascontiguousarray(weights, np.float32)
-    assert len(weights) == count
-    assert all(span.numel == out.numel for span in (base, *experts))
-    bounds = np.empty((0, 6), np.int64) if trims is None else np.ascontiguousarray(trims, np.int64)
-    begun = np.zeros((count, 2), np.int64) if ranks is None else ranks
-    assert bounds.shape in ((0, 6), (count, 6))
-    assert begun.shape == (count, 2)
-    factors = np.ascontiguousarray(np.stack([_factors(weights, rescale), weights], 1))
-    masks, stream = _masks(drop, count)
-    peaks = np.zeros(count + 1, np.uint32)
-    spans = table(out, base, *experts)
-    fixed = _total(weights)
-    _merge(spans, factors, bounds, begun, masks, stream, normalize, elect, fixed, np.float32(scale), out.numel, peaks)
-    return flags(peaks)
 
 
 def _kept(key: Tensor, trim: Array, rank: Any) -> Tensor:
@@ -299,12 +60,8 @@ def reference(
     drop: Drop | None,
 ) -> Array:
     """The same in torch."""
-    import torch
-
-    from . import reference as truth
-
     weights = np.asarray(weights, np.float32)
-    factors, (masks, _) = _factors(weights, rescale), _masks(drop, len(experts))
+    factors, (masks, _) = factors_of(weights, rescale), masks_of(drop, len(experts))
     b, votes = base.float(), []
     for k, expert in enumerate(experts):
         delta = expert.float() - b
@@ -321,7 +78,7 @@ def reference(
     total = counted = torch.zeros_like(b)
     for v in votes:
         total = total + v
-    divisor = torch.full_like(b, float(_total(weights)))
+    divisor = torch.full_like(b, float(divisor_of(weights)))
     if elect:
         majority, divisor = torch.where(total >= 0, 1.0, -1.0), torch.zeros_like(b)
         for v, weight in zip(votes, weights, strict=True):
@@ -347,8 +104,6 @@ def inputs(
     device: str = "cpu",
     seed: int = 0,
 ) -> tuple[Any, ...]:
-    from . import reference as truth
-
     out, base, *others = truth.tensors(numel, dtypes, experts + 2, device, seed)
     random = np.random.default_rng(seed)
     weights = random.normal(1, 0.5, experts).astype(np.float32)
@@ -366,6 +121,4 @@ def inputs(
 
 
 def bytes_moved(out: Any, base: Any, experts: Sequence[Any], *rest: Any) -> int:
-    from . import reference as truth
-
     return truth.nbytes(out, base, *experts)

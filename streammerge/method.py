@@ -106,7 +106,7 @@ class Tile:
 
 
 def _cut(span: Span, first: int, last: int) -> Span:
-    return Span(span.address + first * (DTYPES[span.dtype].bits // 8), span.dtype, last - first)
+    return Span(span.address + first * (DTYPES[span.dtype].bits // 8), span.dtype, last - first, span.queue)
 
 
 class Survey(ABC):

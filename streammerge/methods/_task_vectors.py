@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from streammerge import kernel
 from streammerge.errors import RecipeError
-from streammerge.kernels.sign_elect import Drop
+from streammerge.kernels.host.sign_elect import Drop
 from streammerge.method import Cost, Flags, PerExpert, Survey, Tile, TileMethod, param, spread
 from streammerge.methods._sums import DropSurvey
 from streammerge.methods._trims import TrimSurvey, Window, histogram_bytes

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from streammerge import kernel
 from streammerge.kernels import reference
+from streammerge.kernels.queue import Queue
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def copy(value):
@@ -29,8 +33,35 @@ def same(one, two) -> bool:
 
 def agree(module, args) -> None:
     """host and reference give the same results and leave the same in every argument."""
+    _agree(module, args, lambda ours: kernel.host(module.__name__.rpartition(".")[2]).host(*reference.spans(ours)))
+
+
+def launch_agrees(module, args) -> None:
+    """launch and reference: on a GPU where there is one, in the interpreter elsewhere."""
+    _agree(module, args, lambda ours: launch(module, ours))
+
+
+def launch(module, args):
+    """The kernel on a device, waited for; arrays and tensors among the arguments are changed as it changes them."""
+    on_device = [moved(a, DEVICE) for a in args]
+    queue = Queue.on(DEVICE)
+    got = module.launch(queue, *reference.spans(on_device, queue))
+    queue.end().wait()
+    queue.finish()
+    for one, other in zip(tensors_in(args), tensors_in(on_device), strict=True):
+        reference.bits(one).copy_(reference.bits(other))
+    return got
+
+
+def moved(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return [moved(v, device) for v in value] if isinstance(value, list) else value
+
+
+def _agree(module, args, run) -> None:
     ours, theirs = [copy(a) for a in args], [copy(a) for a in args]
-    got, expected = module.host(*reference.spans(ours)), module.reference(*theirs)
+    got, expected = run(ours), module.reference(*theirs)
     assert (got is None) == (expected is None)
     assert got is None or np.array_equal(got, expected), (got, expected)
     for i, (one, two) in enumerate(zip(ours, theirs, strict=True)):

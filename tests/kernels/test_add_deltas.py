@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from streammerge import kernel
 from streammerge.kernels import add_deltas, reference
 from streammerge.kernels.reference import DTYPES, bits, span
 
 
 def merge(base, experts, coefs, dtype=None, **place):
     out = torch.full_like(base, torch.nan, dtype=dtype or base.dtype)
-    add_deltas.host(span(out), span(base), reference.spans(experts), np.float32(coefs), **place)
+    kernel.host("add_deltas").host(span(out), span(base), reference.spans(experts), np.float32(coefs), **place)
     return out
 
 
@@ -54,10 +55,12 @@ def test_parts_are_the_whole(groups, inner, names):
     coefs = random.normal(size=(groups, 3)).astype(np.float32)
     coefs[::2, 0], coefs[::3, 1:], coefs[::4, 1] = 1, 0, 1
     whole, parts = args[0].clone(), args[0].clone()
-    add_deltas.host(span(whole), *reference.spans([args[1], args[2:]]), coefs, 0, inner)
+    kernel.host("add_deltas").host(span(whole), *reference.spans([args[1], args[2:]]), coefs, 0, inner)
     for start, stop in ((0, 1), (1, 600), (600, 4000), (4000, numel)):
         cut = [t[start:stop] for t in args]
-        add_deltas.host(span(parts[start:stop]), *reference.spans([cut[1], cut[2:]]), coefs, start, inner)
+        kernel.host("add_deltas").host(
+            span(parts[start:stop]), *reference.spans([cut[1], cut[2:]]), coefs, start, inner
+        )
     assert torch.equal(bits(whole), bits(parts))
     arguments.agree(add_deltas, (args[0], args[1], args[2:], coefs, 0, inner))
 
@@ -72,7 +75,7 @@ def test_one_coefficient_per_column():
 def test_out_may_be_the_base():
     base, expert = values(2000, "BF16", 0), values(2000, "BF16", 1)
     expected = merge(base, [expert], [[1, 0.4]])
-    add_deltas.host(span(base), span(base), [span(expert)], np.float32([[1, 0.4]]))
+    kernel.host("add_deltas").host(span(base), span(base), [span(expert)], np.float32([[1, 0.4]]))
     assert torch.equal(bits(base), bits(expected))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.kernels import add_deltas, drop_rescale, numerics, reference
+from streammerge import kernel
+from streammerge.kernels import numerics, reference
 from streammerge.kernels.reference import DTYPES, NANS, bits
 
 ONE = np.ones((1, 1), np.float32)
@@ -15,7 +16,7 @@ ONE = np.ones((1, 1), np.float32)
 def cast(value: torch.Tensor, name: str) -> torch.Tensor:
     """Through load and store: add_deltas with no expert."""
     out = torch.empty(value.numel(), dtype=DTYPES[name])
-    add_deltas.host(reference.span(out), reference.span(value), [], ONE)
+    kernel.host("add_deltas").host(reference.span(out), reference.span(value), [], ONE)
     return out
 
 
@@ -75,7 +76,7 @@ def test_flags_tell_infinities_from_nan(name):
         tensor = torch.ones(1000)
         tensor[700] = value
         source, out = reference.rounded(tensor, DTYPES[name]), torch.empty(1000)
-        found = add_deltas.host(reference.span(out), reference.span(source), [], ONE)
+        found = kernel.host("add_deltas").host(reference.span(out), reference.span(source), [], ONE)
         assert found.dtype == np.uint8
         assert found.tolist() == [0 if name == "F8_E4M3" and flag == 1 else flag]
 
@@ -119,5 +120,5 @@ def test_reference_philox_is_philox():
 
 
 def test_the_cache_entry_names_the_shared_code():
-    for loop in (add_deltas._add, drop_rescale._norms):
+    for loop in (kernel.host("add_deltas")._add, kernel.host("drop_rescale")._norms):
         assert loop.py_func.__qualname__.endswith(numerics.STAMP)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.kernels import magnitude_histogram, reference, sign_elect
+from streammerge import kernel
+from streammerge.kernels import reference
 from streammerge.kernels import select_threshold as select
 from streammerge.kernels.reference import span
 
@@ -34,7 +35,7 @@ def find(base, expert, rank, cuts=(0, 1300)):
     while isinstance(bracket, select.Bracket):
         counts = bracket.empty()
         for start, stop in zip(cuts, ends, strict=True):
-            magnitude_histogram.host(
+            kernel.host("magnitude_histogram").host(
                 span(base[start:stop]), span(expert[start:stop]), bracket.low, bracket.shift, counts
             )
         assert counts.sum() == base.numel()
@@ -49,13 +50,15 @@ def test_found_key_is_the_sorted_one(name, share):
     delta = deltas()[name]
     base = torch.zeros_like(delta)
     keys = np.empty(delta.numel(), np.uint32)
-    magnitude_histogram.keys(span(base), span(delta), keys)
+    kernel.host("magnitude_histogram").keys(span(base), span(delta), keys)
     rank = int(share * (delta.numel() - 1))
     found = find(base, delta, rank, (0,) if name == "one" else (0, 1300))
     assert found.key == np.sort(keys)[rank]
     assert found.below == (keys < found.key).sum()
     assert (
-        found.equal == (keys == found.key).sum() == magnitude_histogram.count_equal(span(base), span(delta), found.key)
+        found.equal
+        == (keys == found.key).sum()
+        == kernel.host("magnitude_histogram").count_equal(span(base), span(delta), found.key)
     )
 
 
@@ -75,14 +78,16 @@ def test_bounds_keep_what_a_stable_sort_keeps(name, keep, drop):
     for start, stop in ((0, 1), (1, 1300), (1300, numel)):
         a, b, e = (span(t[start:stop]) for t in (out, base, delta))
         if a.numel > 0:
-            sign_elect.host(a, b, [e], np.ones(1, np.float32), None, 1.0, False, False, trims, ranks, None)
+            kernel.host("sign_elect").host(
+                a, b, [e], np.ones(1, np.float32), None, 1.0, False, False, trims, ranks, None
+            )
     assert torch.equal(out, expected)
 
 
 def test_nan_sorts_above_infinity():
     delta = torch.tensor([1.0, -torch.inf, torch.nan, 0.0, -torch.nan])
     base, keys = torch.zeros(5), np.empty(5, np.uint32)
-    magnitude_histogram.keys(span(base), span(delta), keys)
+    kernel.host("magnitude_histogram").keys(span(base), span(delta), keys)
     assert keys.tolist() == [0x3F800000, 0x7F800000, 0x7FC00000, 0, 0x7FC00000]
 
 
@@ -90,7 +95,7 @@ def test_counts_by_hand_and_added_up():
     base, expert = torch.zeros(5), torch.tensor([0.0, 1.0, -1.5, 2.0, 1.0])
     counts, one = np.zeros(4, np.int64), 0x3F800000
     for _ in range(2):
-        magnitude_histogram.host(span(base), span(expert), one, 22, counts)
+        kernel.host("magnitude_histogram").host(span(base), span(expert), one, 22, counts)
     assert counts.tolist() == [2, 4, 2, 2]
     assert reference.magnitude(torch.tensor([-1.0])).item() == one
 
@@ -102,13 +107,13 @@ def test_a_guess_changes_no_count(name):
     delta[:2048] = delta[0]  # four chunks with nothing else inside narrow brackets
     base = torch.zeros_like(delta)
     a, b, keys = span(base), span(delta), np.empty(delta.numel(), np.uint32)
-    magnitude_histogram.keys(a, b, keys)
+    kernel.host("magnitude_histogram").keys(a, b, keys)
     key = int(keys[0])
     for low, shift, bins in ((max(0, key - 5), 0, 11), (max(0, key - 900), 7, 20), (0, 15, 1 << 16)):
         plain, wide = np.zeros(bins + 2, np.int64), np.tile(np.array([[1 << 31, 0]], np.uint32), (bins, 1))
-        magnitude_histogram.host(a, b, low, shift, plain, wide)
+        kernel.host("magnitude_histogram").host(a, b, low, shift, plain, wide)
         for guess in (key, key + 1, 0, (1 << 31) - 1):
             counts, ends = np.zeros_like(plain), np.tile(np.array([[1 << 31, 0]], np.uint32), (bins, 1))
-            magnitude_histogram.host(a, b, low, shift, counts, ends, guess)
+            kernel.host("magnitude_histogram").host(a, b, low, shift, counts, ends, guess)
             assert np.array_equal(counts, plain)
             assert np.array_equal(ends, wide)

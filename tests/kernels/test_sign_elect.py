@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.kernels import drop_rescale, reference, sign_elect
+from streammerge import kernel
+from streammerge.kernels import reference, sign_elect
 from streammerge.kernels.reference import bits, span
 
 
 def merge(base, experts, weights, scale=1.0, normalize=False, elect=False, trims=None, ranks=None, drop=None):
     out = torch.full_like(base, torch.nan)
     spans = span(out), span(base), reference.spans(experts)
-    sign_elect.host(*spans, np.float32(weights), None, scale, normalize, elect, trims, ranks, drop)
+    kernel.host("sign_elect").host(*spans, np.float32(weights), None, scale, normalize, elect, trims, ranks, drop)
     return out
 
 
@@ -57,17 +58,17 @@ def test_parts_are_the_whole(elect, count):
     weights, rescale = np.linspace(0.5, 1.5, count, dtype=np.float32), np.full(count, 1.7)
 
     def drop(start):
-        return sign_elect.Drop(np.linspace(0.2, 1, count), 1 << 63, 0xFFFFFFFF, range(count), start)
+        return kernel.host("sign_elect").Drop(np.linspace(0.2, 1, count), 1 << 63, 0xFFFFFFFF, range(count), start)
 
     whole = out.clone()
     arguments.agree(
         sign_elect, (out, base, experts, weights, rescale, 0.9, True, elect, None, None, drop((1 << 35) + 2))
     )
     rest = weights, rescale, 0.9, True, elect, None, None
-    sign_elect.host(span(whole), span(base), reference.spans(experts), *rest, drop((1 << 35) + 2))
+    kernel.host("sign_elect").host(span(whole), span(base), reference.spans(experts), *rest, drop((1 << 35) + 2))
     for start, stop in ((0, 1), (1, 3), (3, 1000), (1000, 5003), (5003, numel)):
         cut = span(out[start:stop]), span(base[start:stop]), [span(e[start:stop]) for e in experts]
-        sign_elect.host(*cut, *rest, drop((1 << 35) + 2 + start))
+        kernel.host("sign_elect").host(*cut, *rest, drop((1 << 35) + 2 + start))
     assert torch.equal(bits(whole), bits(out))
 
 
@@ -76,8 +77,8 @@ def test_both_kernels_draw_the_same_mask(density):
     numel, start = 3 * 4096 + 5, 5 * 4096
     base, expert = torch.zeros(numel), torch.ones(numel)
     partials = np.full((4, 2), np.nan)
-    drop_rescale.host(span(base), span(expert), density, 11, 12, 13, start, partials)
-    mask = merge(base, [expert], [1], drop=sign_elect.Drop(density, 11, 12, [13], start))
+    kernel.host("drop_rescale").host(span(base), span(expert), density, 11, 12, 13, start, partials)
+    mask = merge(base, [expert], [1], drop=kernel.host("sign_elect").Drop(density, 11, 12, [13], start))
     assert partials[:, 0].tolist() == [4096, 4096, 4096, 5]
     assert partials[:, 1].tolist() == [part.sum().item() for part in mask.split(4096)]
     # five standard deviations of a binomial count
@@ -88,7 +89,7 @@ def test_masks_differ_by_seed_tensor_and_expert():
     base, expert = torch.zeros(1000), torch.ones(1000)
 
     def mask(seed, tensor, stream):
-        return merge(base, [expert], [1], drop=sign_elect.Drop(0.5, seed, tensor, [stream], 0))
+        return merge(base, [expert], [1], drop=kernel.host("sign_elect").Drop(0.5, seed, tensor, [stream], 0))
 
     first = mask(1, 2, 3)
     assert torch.equal(first, mask(1, 2, 3))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from streammerge import kernel
 from streammerge.kernels import drop_rescale, norms_and_dots, reference
 from streammerge.kernels.reference import span
 
@@ -14,7 +15,7 @@ from streammerge.kernels.reference import span
 def gram(tensors, base, block):
     pairs = len(tensors) * (len(tensors) + 1) // 2
     partials = np.full((-(-tensors[0].numel() // block), pairs), np.nan)
-    norms_and_dots.host(reference.spans(tensors), base if base is None else span(base), block, partials)
+    kernel.host("norms_and_dots").host(reference.spans(tensors), base if base is None else span(base), block, partials)
     return partials
 
 
@@ -41,7 +42,7 @@ def test_columns(ncols):
     _, base, *tensors = reference.tensors(numel, ("BF16", "F32"), 4, "cpu", 3)
     sums, expected = np.zeros((ncols, 3)), np.zeros((ncols, 3))
     for rows in (slice(0, 4 * ncols), slice(4 * ncols, numel)):
-        norms_and_dots.columns([span(t[rows]) for t in tensors], span(base[rows]), ncols, sums)
+        kernel.host("norms_and_dots").columns([span(t[rows]) for t in tensors], span(base[rows]), ncols, sums)
     norms_and_dots.reference_columns(tensors, base, ncols, expected)
     assert np.array_equal(sums, expected)
     values = torch.stack([t.float() - base.float() for t in tensors]).double().view(2, 13, ncols)
@@ -52,9 +53,9 @@ def test_norms_before_and_after_dropping_in_parts():
     _, base, expert = reference.tensors(10_000, ("BF16",), 3, "cpu", 4)
     args = 0.4, 99, 7, 1
     whole = np.full((3, 2), np.nan)
-    drop_rescale.host(span(base), span(expert), *args, 0, whole)
+    kernel.host("drop_rescale").host(span(base), span(expert), *args, 0, whole)
     part = np.full((2, 2), np.nan)
-    drop_rescale.host(span(base[4096:]), span(expert[4096:]), *args, 4096, part)
+    kernel.host("drop_rescale").host(span(base[4096:]), span(expert[4096:]), *args, 4096, part)
     assert np.array_equal(whole[1:], part)
     exact = (expert.float() - base.float()).double().abs().sum().item()
     assert abs(whole[:, 0].sum() - exact) < 1e-9 * exact

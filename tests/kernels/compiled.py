@@ -1,0 +1,96 @@
+"""Compiles kernels for a GPU that is not there, and says what the machine code is like.
+
+    python tests/kernels/compiled.py NAME [ARCH]      (ARCH: 80, 90, ...; without TRITON_INTERPRET)
+
+Runs `launch` as it is, on tensors that are never read, with a queue that compiles instead of launching. Prints one JSON
+object per compiled variant: kernel, case, registers, spilled bytes, shared memory, whether the PTX loads 16 bytes at a
+time and whether it contracts a*b + c anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from streammerge import kernel
+from streammerge.kernels import reference
+from streammerge.kernels.queue import Queue
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class Driver:
+    """What Triton asks of a GPU before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+class Compiler(Queue):
+    """Compiles what is submitted."""
+
+    built: list[tuple[str, Any]]
+
+    def submit(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        if all(grid):
+            made = kernel.warmup(*args, grid=grid, enable_fp_fusion=False, **options)
+            self.built.append((kernel.fn.__name__, made))
+
+
+def describe(name: str, case: Any, function: str, made: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    ptx = made.asm["ptx"]
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return {
+        "kernel": name,
+        "case": repr(case),
+        "function": function,
+        "registers": numbers["REG"],
+        "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
+        "shared_bytes": numbers["SHARED"],
+        "wide_loads": "ld.global.v4.b32" in ptx,
+        "fused": bool(re.search(r"\bfma\.", ptx)),
+        "approximate": bool(re.search(r"\b(div\.full|div\.approx|rcp\.approx|sqrt\.approx|ex2\.approx)", ptx)),
+        "flushes": bool(re.search(r"\.ftz\b", ptx)),
+    }
+
+
+def compile_kernel(name: str, arch: int) -> list[dict[str, Any]]:
+    driver.set_active(Driver(arch))
+    module, found = kernel.find(name), []
+    for case in module.CASES:
+        queue = Compiler.on("cpu")
+        queue.built = []
+        args = module.inputs(*case)
+        module.launch(queue, *reference.spans(args, queue))
+        queue.end()
+        found += [describe(name, case, function, made) for function, made in queue.built]
+    return found
+
+
+if __name__ == "__main__":
+    for row in compile_kernel(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 90):
+        print(json.dumps(row))
