@@ -139,13 +139,17 @@ class Receipt:
 class Queue:
     """Launches on one stream."""
 
-    def __init__(self, stream: Stream, state: torch.Tensor, memory: Memory) -> None:
+    def __init__(self, stream: Stream, state: torch.Tensor, memory: Memory, arena: torch.Tensor | None = None) -> None:
         self.stream = stream
         self._state = state
+        self._arena = arena  # what `move` moves within
         self._mirrors: dict[int, tuple[Array, torch.Tensor]] = {}
         self._mirrored = 0
         self._bundles: dict[Any, tuple[Callable[..., None], list[Any]]] = {}
-        self.begin(memory)
+        self._memory = memory
+        self._used = 0  # bytes of the batch's work memory, and of its results
+        self._results = 0
+        self._fills: list[Callable[[], None]] = []
 
     @classmethod
     def on(cls, device: torch.device | str, state: int = 64 << 20, work: int = 16 << 20) -> Queue:
@@ -222,6 +226,14 @@ class Queue:
                 self.stream.copy(room, torch.from_numpy(array.reshape(-1).view(np.uint8)))
         return int(known[1].data_ptr())
 
+    def move(self, target: int, source: int, nbytes: int) -> None:
+        """Copy bytes within the memory that the queue was made with, behind the launches so far."""
+        assert self._arena is not None
+        start = self._arena.data_ptr()
+        where = [self._arena[at - start : at - start + nbytes] for at in (target, source)]
+        self.flush()  # it may be what they write
+        self.run(lambda: where[0].copy_(where[1]))
+
     def bundle(self, key: Any, launch: Callable[[Queue, list[Any]], None], item: Any) -> None:
         """Keep a small piece of work until the batch ends; all that share a key are launched at once."""
         self._bundles.setdefault(key, (launch, []))[1].append(item)
@@ -231,15 +243,12 @@ class Queue:
     def begin(self, memory: Memory) -> None:
         """Start a batch in memory that no unfinished batch uses."""
         self._memory = memory
-        self._used: int = 0
-        self._results: int = 0
-        self._fills: list[Callable[[], None]] = []
+        self._used = self._results = 0
+        self._fills = []
 
     def end(self) -> Receipt:
         """Launch what was bundled and send the batch's small results on their way."""
-        for launch, items in self._bundles.values():
-            launch(self, items)
-        self._bundles.clear()
+        self.flush()
         if self._results:
             results = self._memory.results[: self._results]
             self.stream.copy(self._memory.received[: self._results], results)
@@ -247,6 +256,12 @@ class Queue:
         receipt = Receipt(self.stream.mark(), self._fills)
         self._fills = []
         return receipt
+
+    def flush(self) -> None:
+        """Launch what was bundled now."""
+        for launch, items in self._bundles.values():
+            launch(self, items)
+        self._bundles.clear()
 
     def finish(self) -> None:
         """Wait for all work; every mirrored array is up to date, and its memory is free."""

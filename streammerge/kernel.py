@@ -55,7 +55,11 @@ def describe(name: str, device: str) -> str:
     if device == "cpu":
         host(name)
         return "numba"
-    if not hasattr(find(name), "launch"):
+    try:
+        module = find(name)
+    except ImportError as error:
+        raise RecipeError(f"--device {device}: {error.name} is not installed; run with --device cpu") from None
+    if not hasattr(module, "launch"):
         raise RecipeError(f"kernel {name} has no version for {device}; run with --device cpu")
     return "triton"
 

@@ -128,7 +128,10 @@ class Survey(ABC):
 
     @abstractmethod
     def look(self, tile: Tile) -> Any:
-        """The partial answer of one tile. Tiles start at multiples of the method's grain."""
+        """The partial answer of one tile. Tiles start at multiples of the method's grain.
+
+        Arrays that kernels write may be filled in later, before `settle`: nothing may be read from them here.
+        """
 
     @abstractmethod
     def settle(self, partials: Sequence[Any]) -> bool:
@@ -195,7 +198,10 @@ class TileMethod(Method):
 
     @abstractmethod
     def merge(self, tile: Tile, survey: Any) -> Flags:
-        """Write the merged tile to `tile.out`; say per input (base first) whether it held non-finite values."""
+        """Write the merged tile to `tile.out`; say per input (base first) whether it held non-finite values.
+
+        On a GPU both are filled in later: the flags are handed on as they come from the kernel.
+        """
 
 
 def spread(value: PerExpert, experts: int) -> npt.NDArray[np.float64]:

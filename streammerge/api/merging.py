@@ -12,7 +12,7 @@ from streammerge.api.planning import RecipeLike, plan
 from streammerge.budget import Budget
 from streammerge.engine.findings import Progress
 from streammerge.engine.report import Watcher, make_report
-from streammerge.engine.run import Run
+from streammerge.engine.run import Run, open_run
 from streammerge.engine.sinks import FileSink
 from streammerge.errors import CheckpointError, Interrupted, OutputExists, RecipeError
 from streammerge.planner.plan import Plan, describe_inputs
@@ -73,7 +73,7 @@ def merge(
             return dict(json.loads((target / MANIFEST).read_bytes())["report"])
         _check_partial(partial, made, resume)
         budget = Budget(made.ram_budget_bytes, made.held_bytes)
-        run = Run(made, budget, reader=reader, strict=strict, progress=progress, cancelled=asks(cancel))
+        run = open_run(made, budget, reader=reader, strict=strict, progress=progress, cancelled=asks(cancel))
         ring = Ring(budget, made.out_bytes, "the ring of results")
         writer: Writer | None = None
         try:

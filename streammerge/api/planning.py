@@ -8,6 +8,7 @@ from typing import Any
 
 from streammerge import method as methods
 from streammerge.budget import cores, default_ram, parse_size
+from streammerge.engine import device as devices
 from streammerge.errors import RecipeError
 from streammerge.planner import recipe as recipes
 from streammerge.planner.dialect import resolve
@@ -16,7 +17,6 @@ from streammerge.store.checkpoint import Checkpoint
 from streammerge.store.hub import locate
 
 RecipeLike = str | Path | Mapping[str, Any] | recipes.Recipe
-DEVICES = ("auto", "cpu")
 
 
 def plan(
@@ -35,8 +35,8 @@ def plan(
     Args:
         recipe: a YAML file, a mapping of the same form, or a Recipe.
         ram: bytes of host memory the process may hold ("4GiB"); 80 % of what is free if left out.
-        vram: bytes of device memory.
-        device: "auto" or "cpu".
+        vram: bytes of device memory, the driver's own included; 80 % of what is free if left out.
+        device: "cpu", "cuda", "cuda:1"; "auto" is a GPU if there is one. The result does not depend on it.
         threads: for the arithmetic; all processors if 0. The result does not depend on it.
         shard_size: bytes of tensors in an output shard; the base model's own shards if left out.
         seed: of the methods that draw random numbers.
@@ -46,18 +46,18 @@ def plan(
         RecipeError, CheckpointError: the request or an input is wrong.
         BudgetTooSmall: the merge does not fit; `least` would do.
     """
-    _check_device(device)
     check_numbers(threads, seed)
+    place, free = devices.find(device)
+    allowed = 0 if vram is None else _size("--vram", vram)
     limits = Limits(
         ram=default_ram() if ram is None else _size("--ram", ram),
         threads=threads or cores(),
-        device="cpu",
+        device=place,
+        vram=(allowed or free * 8 // 10) if place != "cpu" else 0,
         shard_size=None if shard_size is None else _size("--shard-size", shard_size),
         seed=seed,
         in_memory=in_memory,
     )
-    if vram is not None:
-        _size("--vram", vram)
     parsed, near = _load(recipe)
     checkpoints = {name: Checkpoint.open(locate(name, near)) for name in parsed.references}
     resolution = resolve(parsed, checkpoints, methods.find)
@@ -71,11 +71,6 @@ def _load(recipe: RecipeLike) -> tuple[recipes.Recipe, list[Path]]:
     if isinstance(recipe, Mapping):
         return recipes.from_dict(recipe), []
     return recipes.load(recipe), [Path(recipe).resolve().parent]
-
-
-def _check_device(device: str) -> None:
-    if device not in DEVICES:
-        raise RecipeError(f"--device {device}: only the CPU pipeline is built; use one of {', '.join(DEVICES)}")
 
 
 def check_numbers(threads: int, seed: int) -> None:

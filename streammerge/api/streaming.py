@@ -11,7 +11,7 @@ from streammerge.api.planning import RecipeLike, check_numbers, plan
 from streammerge.budget import Budget, cores
 from streammerge.engine.findings import Progress
 from streammerge.engine.memory import merge_tensors
-from streammerge.engine.run import Run
+from streammerge.engine.run import open_run
 from streammerge.engine.sinks import MemorySink
 from streammerge.engine.tiles import Crew
 from streammerge.errors import RecipeError
@@ -50,7 +50,7 @@ def stream(
 
     made = recipe if isinstance(recipe, Plan) else plan(recipe, in_memory=True, **options)
     budget = Budget(made.ram_budget_bytes, made.held_bytes)
-    run = Run(made, budget, reader=reader, progress=progress, cancelled=asks(cancel))
+    run = open_run(made, budget, reader=reader, progress=progress, cancelled=asks(cancel))
     try:
         with budget.lease(made.out_bytes, "the results of a step"):
             sink = MemorySink(made)

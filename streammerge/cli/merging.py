@@ -20,8 +20,11 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
         (
             click.argument("recipe", type=click.Path(exists=True, dir_okay=False)),
             click.option("--ram", help="Host memory the run may hold, as 4GiB; 80 % of what is free if left out."),
-            click.option("--vram", help="Device memory the run may hold; without a device it has no effect."),
-            click.option("--device", default="auto", show_default=True, help="auto or cpu."),
+            click.option(
+                "--vram",
+                help="GPU memory the run may hold, the driver's own included; 80 % of what is free if left out.",
+            ),
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
             click.option("--threads", default=0, help="Threads for the arithmetic; all processors if left out."),
             click.option(
                 "--shard-size",

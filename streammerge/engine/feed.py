@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ class Loaded:
     slot: Slot
     reads: list[Future[None]]
     moved: set[int] = field(default_factory=set)  # offsets whose bytes were moved onto their alignment
+    held: Any = None  # where a device holds it
 
     def bytes_at(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
         """Bytes of the slot as an array; valid until the slot is given back."""
@@ -58,6 +60,10 @@ class Feed:
             self._queue.put(None)
         except BaseException as error:
             self._queue.put(error)
+
+    def ready(self) -> bool:
+        """Whether `next` has something without waiting for a slot."""
+        return not self._queue.empty()
 
     def next(self) -> Loaded | None:
         """The next step with its slot filled; None after the last."""

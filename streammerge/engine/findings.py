@@ -25,6 +25,7 @@ class Findings:
     nonfinite: list[tuple[str, str, str]] = field(default_factory=list)  # tensor, file, "NaN" or "infinity"
     read_bytes: int = 0
     extra_rounds: int = 0
+    vram_peak_bytes: int = 0  # that torch reserved; the driver's own come on top
 
     def take(self, note: dict[str, Any]) -> None:
         """Enter one note, of this run or an earlier one."""

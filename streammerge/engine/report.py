@@ -58,6 +58,7 @@ def make_report(plan: Plan, findings: Findings, watcher: Watcher, written: int) 
         **plan.as_dict(),
         "ram_peak_bytes": watcher.peak,
         "file_backed_peak_bytes": watcher.file_peak,
+        "vram_peak_bytes": findings.vram_peak_bytes,
         "read_bytes": findings.read_bytes,
         "write_bytes": written,
         "seconds": round(seconds, 3),

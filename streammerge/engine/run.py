@@ -22,7 +22,7 @@ from streammerge.engine.tiles import Crew, Merger, look, settle_in_memory
 from streammerge.errors import CheckpointError, Interrupted
 from streammerge.formats.dtypes import DTYPES
 from streammerge.kernels.numerics import Span
-from streammerge.method import Survey, Tile
+from streammerge.method import Flags, Survey, Tile
 from streammerge.planner.plan import Plan
 from streammerge.planner.steps import Piece, PlannedTensor, Step, tile_steps
 from streammerge.store.reader import Mode, Reader
@@ -77,7 +77,7 @@ class Run:
                 self._survey_streamed(loaded)
                 continue
             if loaded.step.kind == "survey":  # a round that the survey did without
-                self.ring.give(loaded.slot)
+                self._skip(loaded)
                 continue
             group = [loaded]
             while not group[-1].step.last:
@@ -85,6 +85,10 @@ class Run:
             self._settle(group)
             for member in group:
                 yield from self._merge(member, sink)
+
+    def _skip(self, loaded: Loaded) -> None:
+        """Give back a step that nobody needs."""
+        self.ring.give(loaded.slot)
 
     def close(self) -> None:
         """Stop reading and give back the ring."""
@@ -137,13 +141,13 @@ class Run:
                     tiles.setdefault(piece.tensor, []).append(self._tile(member, piece))
         for index, found in tiles.items():
             tensor = self.plan.tensors[index]
-            self._surveys[index] = survey = _fresh(tensor)
+            self._surveys[index] = survey = fresh(tensor)
             settle_in_memory(self._crew, tensor.method, survey, found)
 
     def _survey_streamed(self, sample: Loaded) -> None:
         """Survey a tensor that does not fit: read once per round, tile by tile."""
         index = sample.step.pieces[0].tensor
-        self._surveys[index] = survey = _fresh(self.plan.tensors[index])
+        self._surveys[index] = survey = fresh(self.plan.tensors[index])
         if survey.wants_sample:
             survey.sample([self._tile(sample, piece) for piece in sample.step.pieces], resident=False)
         self.ring.give(sample.slot)
@@ -191,10 +195,10 @@ class Run:
             address += size
             merger = self._merger(piece.tensor)
             merger.merge(tile)
-            self._look_at(piece.tensor, merger, sink)
+            self._look_at(piece.tensor, merger.flags, sink)
             if piece.start + piece.numel == tensor.numel:
                 finished.append(piece.tensor)
-                self._close_tensor(piece.tensor, sink)
+                self._close_tensor(piece.tensor, self._mergers.pop(piece.tensor).equal, sink)
         self.ring.give(loaded.slot)
         sink.put()
         self._progress.written_bytes += sum(sizes)
@@ -207,10 +211,10 @@ class Run:
             self._mergers[index] = Merger(self._crew, method, self._surveys.get(index))
         return self._mergers[index]
 
-    def _look_at(self, index: int, merger: Merger, sink: Sink) -> None:
+    def _look_at(self, index: int, flags: Flags | None, sink: Sink) -> None:
         """Note at once which inputs hold what is not finite: a tensor's other half may be another run's."""
         tensor = self.plan.tensors[index]
-        for spec, flag in zip(tensor.inputs, merger.flags if merger.flags is not None else (), strict=False):
+        for spec, flag in zip(tensor.inputs, () if flags is None else flags, strict=False):
             found = (tensor.job.name, spec.file, "NaN" if flag == 2 else "an infinity")
             if flag and found not in self.findings.nonfinite:
                 self._take({"nonfinite": list(found)})
@@ -222,12 +226,11 @@ class Run:
             tensor, file, kind = note["nonfinite"]
             raise CheckpointError(f"{file}: tensor {tensor!r} holds {kind}; mend it, or merge without --strict")
 
-    def _close_tensor(self, index: int, sink: Sink) -> None:
+    def _close_tensor(self, index: int, equal: bool, sink: Sink) -> None:
         """Forget a finished tensor's survey; note if it was only copied, all of it by this run."""
-        merger = self._mergers.pop(index)
         self._surveys.pop(index, None)
         tensor = self.plan.tensors[index]
-        if merger.equal and len(tensor.inputs) > 1 and index != self._halfway:
+        if equal and len(tensor.inputs) > 1 and index != self._halfway:
             note = {"copied": tensor.job.name}
             self.findings.take(note)
             sink.note(note)
@@ -238,6 +241,11 @@ class Run:
             self._span(loaded, offset, spec.dtype, piece.numel)
             for spec, offset in zip(tensor.inputs, piece.offsets, strict=True)
         ]
+        return self._tile_of(piece, spans)
+
+    def _tile_of(self, piece: Piece, spans: list[Span]) -> Tile:
+        """A piece as a tile; `spans` are its inputs, base first."""
+        tensor = self.plan.tensors[piece.tensor]
         base = spans.pop(0) if tensor.job.base is not None else None
         return Tile(
             name=tensor.job.name,
@@ -262,7 +270,16 @@ class Run:
         return Span(address, dtype if DTYPES[dtype].bits >= 8 else "U8", numel)
 
 
-def _fresh(tensor: PlannedTensor) -> Survey:
+def open_run(plan: Plan, budget: Budget, **options: Any) -> Run:
+    """The run that a plan asks for: on the CPU, or on a GPU."""
+    if plan.device_layout is None:
+        return Run(plan, budget, **options)
+    from streammerge.engine.gpu import GpuRun
+
+    return GpuRun(plan, budget, **options)
+
+
+def fresh(tensor: PlannedTensor) -> Survey:
     survey = tensor.method.survey(tensor.job.shape, len(tensor.job.experts))
     assert survey is not None
     return survey

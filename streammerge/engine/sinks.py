@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from streammerge.planner.plan import Plan
-from streammerge.store.ring import Slot
+from streammerge.store.ring import Ring, Slot
 from streammerge.store.writer import Writer
+
+AHEAD = 2  # rooms that may wait to be put: one step's results travel while the next are made
 
 
 class Sink(Protocol):
-    """Where results go. One step's results are contiguous: `room` once, `put` once."""
+    """Where results go. One step's results are contiguous: one `room`, one `put`; AHEAD rooms at most are open."""
+
+    ring: Ring | None  # the memory of all rooms, if it is one ring
 
     def position(self) -> tuple[int, int]:
         """The shard and byte to start from: work before it is durable already."""
 
     def room(self, shard: int, begin: int, size: int) -> int:
-        """The address for the `size` result bytes that belong at `begin` of a shard."""
+        """The address for the `size` result bytes that belong at `begin` of a shard.
+
+        All rooms of the shard before have been put.
+        """
 
     def put(self) -> None:
-        """The bytes of the last `room` are there."""
+        """The bytes of the oldest room that was not put are there."""
 
     def note(self, what: dict[str, Any]) -> None:
         """Something noticed about bytes that are put next; a run that goes on where this one ended gets it back."""
@@ -36,8 +44,9 @@ class FileSink:
 
     def __init__(self, plan: Plan, writer: Writer) -> None:
         self._plan, self._writer = plan, writer
+        self.ring: Ring | None = writer.ring
         self._begun: list[int] = []
-        self._latest: tuple[Slot, int] | None = None
+        self._rooms: deque[tuple[Slot, int]] = deque()
 
     def position(self) -> tuple[int, int]:
         """The first shard that is not complete, and its durable bytes."""
@@ -51,12 +60,11 @@ class FileSink:
             self._end()
             self._begin(shard, begin)
         slot, address = self._writer.room(size)
-        self._latest = slot, size
+        self._rooms.append((slot, size))
         return address
 
     def put(self) -> None:
-        assert self._latest is not None
-        self._writer.put(*self._latest)
+        self._writer.put(*self._rooms.popleft())
 
     def note(self, what: dict[str, Any]) -> None:
         self._writer.note(what)
@@ -90,29 +98,36 @@ class FileSink:
 class MemorySink:
     """Results as arrays of bytes, one whole tensor at a time, for whoever wants no files."""
 
+    ring: Ring | None = None
+
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._scratch = np.empty(plan.out_bytes, np.uint8)
+        self._scratch = np.empty((AHEAD, plan.out_bytes // AHEAD), np.uint8)  # used in turn
+        self._turn = 0
+        self._rooms: deque[tuple[int, int]] = deque()
         self._next = 0  # the tensor that the next byte belongs to
         self._filled = 0  # bytes of it that are there
-        self._size = 0
         self._parts: dict[int, npt.NDArray[np.uint8]] = {}
 
     def position(self) -> tuple[int, int]:
         return 0, 0
 
     def room(self, shard: int, begin: int, size: int) -> int:
-        self._size = size
-        return int(self._scratch.ctypes.data)
+        self._rooms.append((self._turn, size))
+        self._turn = (self._turn + 1) % AHEAD
+        assert len(self._rooms) <= AHEAD
+        assert size <= self._scratch.shape[1]
+        return int(self._scratch[self._rooms[-1][0]].ctypes.data)
 
     def put(self) -> None:
+        turn, size = self._rooms.popleft()
         at = 0
-        while at < self._size:
+        while at < size:
             tensor = self._plan.tensors[self._next]
             nbytes = tensor.end - tensor.begin
             part = self._parts.setdefault(self._next, np.empty(nbytes, np.uint8))
-            step = min(nbytes - self._filled, self._size - at)
-            part[self._filled : self._filled + step] = self._scratch[at : at + step]
+            step = min(nbytes - self._filled, size - at)
+            part[self._filled : self._filled + step] = self._scratch[turn, at : at + step]
             at += step
             self._filled += step
             if self._filled == nbytes:

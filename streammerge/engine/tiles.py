@@ -71,17 +71,22 @@ def settle_in_memory(crew: Crew, method: TileMethod, survey: Survey, tiles: Sequ
 
 
 def _sample(tiles: Sequence[Tile]) -> list[Tile]:
-    """Slices spread evenly over resident tiles; all of a small tensor. A second look is cheap here, sorting is not."""
+    """Slices spread evenly over resident tiles."""
     total = sum(tile.numel for tile in tiles)
+    return [part for tile in tiles for part in sample_of(tile, total)]
+
+
+def sample_of(tile: Tile, total: int) -> list[Tile]:
+    """One tile's share of a sample of a resident tensor of `total` elements; all of a small one.
+
+    A second look is cheap where tiles are resident, sorting is not.
+    """
     if total <= RESIDENT_SAMPLE:
-        return list(tiles)
-    picked = []
-    for tile in tiles:
-        slices = max(2, RESIDENT_SLICES * tile.numel // total)
-        size = min(tile.numel, RESIDENT_SAMPLE * tile.numel // total) // slices
-        starts = (at * (tile.numel - size) // (slices - 1) for at in range(slices))
-        picked += [tile.part(start, start + size) for start in starts]
-    return picked
+        return [tile]
+    slices = max(2, RESIDENT_SLICES * tile.numel // total)
+    size = min(tile.numel, RESIDENT_SAMPLE * tile.numel // total) // slices
+    starts = (at * (tile.numel - size) // (slices - 1) for at in range(slices))
+    return [tile.part(start, start + size) for start in starts]
 
 
 class Merger:
@@ -95,7 +100,7 @@ class Merger:
 
     def merge(self, tile: Tile) -> None:
         """Write one tile's result to `tile.out`. Tiles of a tensor come in order."""
-        if self.equal and _are_equal(tile):
+        if self.equal and are_equal(tile):
             self._copy(tile)
             self._rank([tile, tile.part(0, 0)])
             return
@@ -137,7 +142,7 @@ class Merger:
         self.flags = flags if self.flags is None else np.maximum(self.flags, flags)
 
 
-def _are_equal(tile: Tile) -> bool:
+def are_equal(tile: Tile) -> bool:
     """Whether all inputs of a tile are the same bytes, in the output's dtype."""
     inputs = (*(() if tile.base is None else (tile.base,)), *tile.experts)
     assert tile.out is not None

@@ -27,10 +27,10 @@ def ratio(whole: float, kept: float) -> float:
     return 1.0 if whole < 1e-7 or kept < 1e-7 else whole / kept
 
 
-def fsums(partials: npt.NDArray[np.float64]) -> tuple[list[float], list[float]]:
-    """Exact sums over blocks of [blocks, experts, 2]."""
-    experts = range(partials.shape[1])
-    sums = [[math.fsum(partials[:, expert, which]) for expert in experts] for which in (0, 1)]
+def fsums(partials: Sequence[Sequence[npt.NDArray[np.float64] | None]]) -> tuple[list[float], list[float]]:
+    """Exact sums over blocks: per tile and expert [blocks, 2], or None for what was not looked at."""
+    columns = [[part for part in expert if part is not None] for expert in zip(*partials, strict=True)]
+    sums = [[math.fsum(v for part in parts for v in part[:, which]) for parts in columns] for which in (0, 1)]
     return sums[0], sums[1]
 
 
@@ -45,18 +45,18 @@ class DropSurvey(Survey):
     def bytes_kept(numel: int, experts: int) -> int:
         return -(-numel // BLOCK) * experts * 2 * 8 * 3
 
-    def look(self, tile: Tile) -> npt.NDArray[np.float64]:
-        sums = np.zeros((-(-tile.numel // BLOCK), len(self._kept), 2))
+    def look(self, tile: Tile) -> list[npt.NDArray[np.float64] | None]:
+        sums: list[npt.NDArray[np.float64] | None] = []
         for expert, density in enumerate(self._kept):
-            if 0 < density < 1:
-                partials = np.empty((sums.shape[0], 2))
+            partials = np.empty((-(-tile.numel // BLOCK), 2)) if 0 < density < 1 else None
+            if partials is not None:
                 where = (tile.seed, tile.tensor_id, expert, tile.start)
                 kernel.run("drop_rescale", tile.base, tile.experts[expert], float(density), *where, partials)
-                sums[:, expert] = partials
+            sums.append(partials)
         return sums
 
     def settle(self, partials: Sequence[Any]) -> bool:
-        whole, kept = fsums(np.concatenate(list(partials)))
+        whole, kept = fsums(partials)
         self.rescale = np.array([ratio(w, k) for w, k in zip(whole, kept, strict=True)])
         return True
 

@@ -185,18 +185,16 @@ class TrimSurvey(Survey):
             return self._bracket(end, TOP)
         return narrow(bracket, counts, rank, ends)
 
-    def _magnitudes(self, tile: Tile) -> npt.NDArray[np.float64]:
-        """[blocks, experts, 2] sums of all magnitudes, and of those strictly within each window's bounds."""
-        sums = np.empty((-(-tile.numel // BLOCK), len(self._windows), 2))
+    def _magnitudes(self, tile: Tile) -> list[npt.NDArray[np.float64]]:
+        """Per expert [blocks, 2]: sums of all magnitudes, and of those strictly within its window's bounds."""
+        sums = [np.empty((-(-tile.numel // BLOCK), 2)) for _ in self._windows]
         for expert, trim in enumerate(self.trims):
-            partials = np.empty((sums.shape[0], 2))
-            kernel.run("window_norms", tile.base, tile.experts[expert], int(trim[0]), int(trim[3]), partials)
-            sums[:, expert] = partials
+            kernel.run("window_norms", tile.base, tile.experts[expert], int(trim[0]), int(trim[3]), sums[expert])
         return sums
 
     def _settle_norms(self, partials: Sequence[Any]) -> bool:
         """r = |delta|_1 / |kept delta|_1; elements that tie at a bound count by how many of them stay."""
-        whole, inside = fsums(np.concatenate(list(partials)))
+        whole, inside = fsums(partials)
         for expert, window in enumerate(self._windows):
             low, first, last, high, high_first, high_last = (int(v) for v in self.trims[expert])
             kept = inside[expert]

@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from streammerge import __version__, kernel
 from streammerge.budget import MIB, cores, human, resident
 from streammerge.errors import BudgetTooSmall, RecipeError
 from streammerge.method import TileMethod, build, find
+from streammerge.planner.device import SLOTS, DeviceLayout, make_layout
 from streammerge.planner.dialect import Resolution
 from streammerge.planner.layout import Layout, lay_out_output
 from streammerge.planner.recipe import Recipe
@@ -31,6 +32,7 @@ ALLOWANCE = 16 * MIB  # thread stacks, the allocator's slack, journal and progre
 TILE = 8 * MIB  # bytes of one input in a step, at most: more does not make a disk faster
 DEPTH = 4  # steps the ring holds where nothing must be resident: one read, one merged, two on their way
 NOMINAL_RATE = 1e9  # bytes a second that `seconds` assumes of a disk; no weight is read to find out
+COMPILER = 400 * MIB  # of the host while a GPU is used: Triton compiles a kernel when it first meets a dtype
 NUMERICS = 1  # raised when a change alters the bits of any result, so that no resumed run mixes two
 
 
@@ -60,6 +62,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     vram_budget_bytes: int = 0
     vram_peak_bytes: int = 0
+    device_layout: DeviceLayout | None = None  # None: the CPU computes
     kernels: dict[str, str] = field(default_factory=dict)
     held_bytes: int = 0  # what the process holds beside rings and methods, with an allowance
     stamp: str = ""  # of the input files as they are now; unlike the digest, another copy of them has another
@@ -112,6 +115,11 @@ class Limits:
     shard_size: int | None = None
     seed: int = 0
     in_memory: bool = False  # results are handed out as whole tensors instead of written
+    vram: int = 0  # of the device, unless that is the CPU
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
 
 
 def make_plan(
@@ -131,9 +139,9 @@ def make_plan(
     threads = limits.threads or cores()
     used = dict.fromkeys(name for tensor in tensors for name in tensor.method.uses())
     kernels = {name: kernel.describe(name, limits.device) for name in used}
-    held = resident().demand + ALLOWANCE
+    held = resident().demand + ALLOWANCE + (COMPILER if limits.on_gpu else 0)
     held += 2 * max((t.end - t.begin for t in tensors), default=0) if limits.in_memory else 0
-    cut, ring, out, extra = _cut(tensors, limits.ram - held, held, threads)
+    cut, ring, out, extra, layout_there = _cut(tensors, limits, held, threads)
     read = passes = steps = slots = 0
     for step in merge_steps(tensors, cut):
         read += step.read_bytes
@@ -163,6 +171,9 @@ def make_plan(
         config=resolution.config,
         inputs=tuple(checkpoints.values()),
         warnings=resolution.warnings,
+        vram_budget_bytes=limits.vram,
+        vram_peak_bytes=layout_there.peak_bytes if layout_there else 0,
+        device_layout=layout_there,
         kernels=kernels,
         held_bytes=held,
         stamp=_stamp(tensors),
@@ -187,32 +198,55 @@ def _planned(layout: Layout, where: str) -> Iterator[PlannedTensor]:
         yield PlannedTensor(job, method, surveyed, place.shard, place.begin, place.end)
 
 
-def _cut(tensors: Sequence[PlannedTensor], free: int, held: int, threads: int) -> tuple[Cut, int, int, int]:
-    """The largest steps that fit: (cut, bytes of the ring, bytes of the result ring, bytes of the methods)."""
+def _cut(
+    tensors: Sequence[PlannedTensor], limits: Limits, held: int, threads: int
+) -> tuple[Cut, int, int, int, DeviceLayout | None]:
+    """The largest steps that fit: (cut, bytes of the ring, of the result ring, of the methods, what a GPU holds)."""
     inputs = max((len(t.inputs) for t in tensors), default=1)
     smallest = smallest_step(tensors)
     surveyed = max((t.numel * t.width for t in tensors if t.surveyed), default=0)
     sample = max((sample_bytes(t) for t in tensors if t.surveyed), default=0)
+    free = limits.ram - held
     step = max(inputs * TILE, smallest)
+    there: DeviceLayout | None = None
     while True:
         step = max(step, smallest)
         extra = max((_cost(t, step, threads) for t in tensors), default=0)
         out = _out_bytes(tensors, step)
         ring = max(DEPTH * step, sample + PAGE)
-        if ring + out + extra <= free:
+        there = make_layout(tensors, step, out // DEPTH, limits.vram) if limits.on_gpu else None
+        pinned = there.pinned_bytes if there else 0
+        extra += pinned + (SLOTS * step if there else 0)  # with samples of the tiles that went to the device
+        if ring + out + extra <= free and (there or not limits.on_gpu):
             break
         if step == smallest:
-            least = held + ring + out + extra + MIB  # another process may hold a little more than this one
-            raise BudgetTooSmall(
-                f"this merge needs at least {human(round_up(least, MIB))} of memory and {human(held + free)} are "
-                f"allowed; give --ram {round_up(least, MIB) // MIB}MiB or more",
-                round_up(least, MIB),
-            )
+            _refuse(tensors, limits, held + ring + out + extra + MIB, step, out)
         step //= 2
+    if there:
+        return Cut(step, ring, there.slots), ring, out, extra, there
     if surveyed:
         room = surveyed + surveyed // (step // 2) * inputs * 2 * PAGE + 2 * step  # the largest, whole, and the next
         ring = max(ring, min(free - out - extra, room))
-    return Cut(step, ring), ring, out, extra
+    return Cut(step, ring), ring, out, extra, None
+
+
+def _refuse(tensors: Sequence[PlannedTensor], limits: Limits, ram: int, step: int, out: int) -> NoReturn:
+    """Say what is missing: `ram` bytes of the host (another process may hold a little more), or of the device."""
+    least = round_up(ram, MIB)
+    if least > limits.ram:
+        raise BudgetTooSmall(
+            f"this merge needs at least {human(least)} of memory and {human(limits.ram)} are "
+            f"allowed; give --ram {least // MIB}MiB or more",
+            least,
+        )
+    layout = make_layout(tensors, step, out // DEPTH, 1 << 62)
+    assert layout is not None
+    least = round_up(replace(layout, slots=SLOTS).peak_bytes, MIB)
+    raise BudgetTooSmall(
+        f"this merge needs at least {human(least)} of device memory and {human(limits.vram)} are "
+        f"allowed; give --vram {least // MIB}MiB or more, or --device cpu",
+        least,
+    )
 
 
 def _cost(tensor: PlannedTensor, step: int, threads: int) -> int:

@@ -169,10 +169,14 @@ class Packer:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a plan's tensors are cut: bytes of a step, and bytes of a ring that may hold one tensor whole."""
+    """How a plan's tensors are cut: bytes of a step, and bytes of a ring that may hold one tensor whole.
+
+    On a device it is `slots` that hold a tensor, one for each of its tiles and one to spare; 0: there is no device.
+    """
 
     step: int
     resident: int
+    slots: int = 0
 
 
 def merge_steps(tensors: Sequence[PlannedTensor], cut: Cut, first: int = 0, start: int = 0) -> Iterator[Step]:
@@ -216,6 +220,8 @@ def is_resident(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> bool:
     """Whether all inputs of a tensor fit the ring at once, wherever it stands: wrapping around wastes part of one."""
     tensor = tensors[index]
     count = sum(1 for _ in tiles(tensor, cut))
+    if cut.slots:
+        return count < cut.slots
     return tensor.numel * tensor.width + count * len(tensor.inputs) * 2 * PAGE + cut.step <= cut.resident
 
 

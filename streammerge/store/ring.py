@@ -50,7 +50,7 @@ class Ring:
             with suppress(OSError):  # a kernel may be built without them
                 self._map.madvise(mmap.MADV_HUGEPAGE)  # a direct read into large pages takes half the time here
         self.view = memoryview(self._map)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._slots: deque[tuple[Slot, int]] = deque()  # slots in use, oldest first, with the bytes skipped before each
         self._given: set[int] = set()  # offsets of slots given back before an older one
         self._head = 0  # where the next slot starts
@@ -77,7 +77,7 @@ class Ring:
                     break
                 self._changed.wait()
             offset = (self._head + skip) % self.size
-            slot = Slot(offset, size, self._address + offset)
+            slot = Slot(offset, size, self.address + offset)
             self._slots.append((slot, skip))
             self._used += skip + size
             self._head = offset + size

@@ -33,6 +33,7 @@ class ShardFile:
 
     def __init__(self, path: Path, layout: Shard, at: int) -> None:
         self.path, self.layout, self.position, self.marked = path, layout, at, at
+        self.promised = at  # the place behind all rooms that were given out
         lead = at % PAGE
         self.sent = at - lead  # every byte before it is on the disk or in `writes`
         self.writes: list[Future[None]] = []

@@ -37,7 +37,7 @@ class Writer:
 
     def __init__(self, out: Path, shards: Sequence[Shard], digest: str, ring: Ring) -> None:
         self.partial = out.with_name(out.name + ".partial")
-        self._out, self._shards, self._ring = out, shards, ring
+        self._out, self._shards, self.ring = out, shards, ring
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -120,10 +120,14 @@ class Writer:
             self._hasher.submit(self._guard, stream.hash_file, at)
 
     def room(self, size: int) -> tuple[Slot, int]:
-        """A slot for the next `size` bytes of the open shard, and the address where they go."""
+        """A slot for the next `size` bytes of the open shard, and the address where they go.
+
+        There may be several rooms before the first is put; they are put in their order.
+        """
         assert self._open is not None
-        lead = self._open.position % PAGE
-        slot = self._ring.take(lead + size)
+        lead = self._open.promised % PAGE
+        slot = self.ring.take(lead + size)
+        self._open.promised += size
         return slot, slot.address + lead
 
     def put(self, slot: Slot, size: int) -> None:
@@ -134,12 +138,12 @@ class Writer:
         lead = len(stream.carry)
         end = lead + size
         whole = end // PAGE * PAGE
-        view = self._ring.bytes_of(slot, 0, slot.size)
+        view = self.ring.bytes_of(slot, 0, slot.size)
         view[:lead] = stream.carry
         at, stream.carry = stream.position - lead, bytes(view[whole:end])
         stream.position += size
         self.bytes_written += size
-        release = _Countdown(2, lambda: self._ring.give(slot))
+        release = _Countdown(2, lambda: self.ring.give(slot))
         stream.writes.append(self._pool.submit(self._guard, stream.write, view[:whole], at, done=release))
         stream.sent = at + whole
         self._hasher.submit(self._guard, stream.hash.update, view[lead:end], done=release)
@@ -151,7 +155,7 @@ class Writer:
             piece = data[first : first + HEADER_PIECE]
             slot, _ = self.room(len(piece))
             lead = len(self._open.carry) if self._open else 0
-            self._ring.bytes_of(slot, lead, lead + len(piece))[:] = piece
+            self.ring.bytes_of(slot, lead, lead + len(piece))[:] = piece
             self.put(slot, len(piece))
 
     def _mark(self, stream: ShardFile) -> None:
@@ -198,7 +202,7 @@ class Writer:
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error
-            self._ring.stop()
+            self.ring.stop()
         finally:
             if done:
                 done()
