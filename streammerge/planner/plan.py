@@ -32,7 +32,7 @@ ALLOWANCE = 16 * MIB  # thread stacks, the allocator's slack, journal and progre
 TILE = 8 * MIB  # bytes of one input in a step, at most: more does not make a disk faster
 DEPTH = 4  # steps the ring holds where nothing must be resident: one read, one merged, two on their way
 NOMINAL_RATE = 1e9  # bytes a second that `seconds` assumes of a disk; no weight is read to find out
-COMPILER = 400 * MIB  # of the host while a GPU is used: Triton compiles a kernel when it first meets a dtype
+COMPILER = 128 * MIB  # of the host while a GPU is used: Triton compiles a kernel when it first meets a dtype
 NUMERICS = 1  # raised when a change alters the bits of any result, so that no resumed run mixes two
 
 
