@@ -82,6 +82,7 @@ def plan(made: Any) -> None:
                 f"{passes}, {count(body['steps'], 'step')} of up to {human(body['step_bytes'])}",
             ),
             ("hold", human(body["ram_peak_bytes"]), f"at most, budget {human(body['ram_budget_bytes'])}"),
+            *_vram(body, body, "at most"),
             (
                 "write",
                 human(body["write_bytes"]),
@@ -92,6 +93,14 @@ def plan(made: Any) -> None:
     )
     for warning in body["warnings"]:
         note(warning)
+
+
+def _vram(body: dict[str, Any], promised: dict[str, Any], how: str) -> list[tuple[str, str, str]]:
+    """The line on a GPU's memory, where there is one."""
+    if not promised["vram_budget_bytes"]:
+        return []
+    budget = human(promised["vram_budget_bytes"])
+    return [(body["device"], human(body["vram_peak_bytes"]), f"{how}, budget {budget}")]
 
 
 def report(body: dict[str, Any], out: str) -> None:
@@ -105,6 +114,7 @@ def report(body: dict[str, Any], out: str) -> None:
             human(body["ram_peak_bytes"]),
             f"{human(promised['ram_peak_bytes'])} predicted, budget {human(body['ram_budget_bytes'])}",
         ),
+        *_vram(body, promised, f"{human(promised['vram_peak_bytes'])} predicted, with the driver's own"),
         ("wrote", human(body["write_bytes"]), f"{count(body['shards'], 'shard')} in {out}"),
         ("took", duration(body["seconds"]), rate),
     ]

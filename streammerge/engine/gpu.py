@@ -274,7 +274,7 @@ class GpuRun(Run):
         account = self._accounts.setdefault(piece.tensor, Account(tensor.method.keeps_equal()))
         account.equal = account.equal and equal
         assert tile.out is not None
-        if DTYPES[tile.out.dtype].floating:
+        if DTYPES[tile.out.dtype].floating and piece.numel:
             if survey is not None and account.ranks is None:
                 account.ranks = survey.first_ranks()
             tile.ranks = account.ranks

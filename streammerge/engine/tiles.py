@@ -100,6 +100,8 @@ class Merger:
 
     def merge(self, tile: Tile) -> None:
         """Write one tile's result to `tile.out`. Tiles of a tensor come in order."""
+        if not tile.numel:
+            return
         if self.equal and are_equal(tile):
             self._copy(tile)
             self._rank([tile, tile.part(0, 0)])
