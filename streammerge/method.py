@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -38,6 +39,7 @@ SAMPLE = 1 << 20  # elements that a survey is shown first, in slices spread over
 SLICES = 128  # of a sample: rows of an embedding differ, so a few long runs would mislead
 
 REQUIRED: Any = MISSING
+_VOCABULARY = re.compile(r"embed_tokens|\bwte\b|word_embeddings|tok_embeddings|embed_in|embed_out|lm_head|\bshared\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,15 @@ class Tile:
     def anchor(self) -> Span:
         """The base, or the first expert where a method has none."""
         return self.base if self.base is not None else self.experts[0]
+
+    def only(self, reads: tuple[int, ...] | None) -> Tile:
+        """This tile with these inputs and no others: what a round that reads them sees."""
+        if reads is None:
+            return self
+        every = (*(() if self.base is None else (self.base,)), *self.experts)
+        chosen = [every[i] for i in reads]
+        base = chosen.pop(0) if self.base is not None and 0 in reads else None
+        return replace(self, base=base, experts=tuple(chosen))
 
     def part(self, first: int, last: int) -> Tile:
         """Elements [first, last) of this tile as a tile of its own."""
@@ -168,6 +179,10 @@ class TileMethod(Method):
 
     sees = "tile"
 
+    def for_tensor(self, name: str, shape: tuple[int, ...], experts: int) -> TileMethod:
+        """The method that merges this tensor: another one where this one does not apply."""
+        return self
+
     def uses(self) -> tuple[str, ...]:
         """The kernels that this instance computes with."""
         return self.kernels
@@ -188,9 +203,15 @@ class TileMethod(Method):
         """A fresh survey of one tensor, or None if tiles can be merged as they come."""
         return None
 
-    def rounds(self) -> int:
+    def rounds(self, experts: int) -> int:
         """Rounds that a survey takes if its sample did not mislead it: reads of a tensor that does not fit."""
         return 1
+
+    def reads(self, number: int, experts: int) -> tuple[int, ...] | None:
+        """The inputs that round `number` looks at (0 the base, where there is one, then the experts), and, for the
+        number behind the last round, the merge; None: all. A tile has no others then.
+        """
+        return None
 
     def keeps_equal(self) -> bool:
         """Whether inputs that are the same bytes give exactly those bytes, so that they can be copied."""
@@ -202,6 +223,20 @@ class TileMethod(Method):
 
         On a GPU both are filled in later: the flags are handed on as they come from the kernel.
         """
+
+
+class TensorMethod(TileMethod):
+    """A method that must see whole matrices: its survey does the work, and merging hands out rows of the answer.
+
+    What is no matrix, or should not be taken as one, it leaves to another method (`for_tensor`).
+    """
+
+    sees = "tensor"
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether the tensor has one row per token, by its name."""
+    return _VOCABULARY.search(name) is not None
 
 
 def spread(value: PerExpert, experts: int) -> npt.NDArray[np.float64]:

@@ -21,7 +21,7 @@ from streammerge.engine.device import Device
 from streammerge.engine.feed import Loaded
 from streammerge.engine.run import Run, fresh
 from streammerge.engine.sinks import AHEAD, Sink
-from streammerge.engine.tiles import RESIDENT_SAMPLE, ROUNDS, are_equal, as_bytes, sample_of
+from streammerge.engine.tiles import RESIDENT_SAMPLE, ROUNDS, are_equal, as_bytes, can_copy, sample_of
 from streammerge.formats.dtypes import DTYPES
 from streammerge.kernels.numerics import Span
 from streammerge.method import Flags, Survey, Tile
@@ -152,14 +152,14 @@ class GpuRun(Run):
         """While a piece's bytes are on the host: take a sample, and see whether all inputs are the same."""
         tensor, index = self.plan.tensors[piece.tensor], piece.tensor
         if loaded.step.kind != "merge" or not piece.numel:
-            return loaded.step.kind == "merge" and tensor.method.keeps_equal()
+            return loaded.step.kind == "merge" and can_copy(tensor.method)
         tile = self._tile(loaded, piece)
         tile.out = Span(0, tensor.out_dtype, piece.numel)
         if tensor.surveyed and index not in self._surveys and tensor.numel > RESIDENT_SAMPLE:
             self._samples.setdefault(index, []).extend(
                 self._copied(index, part) for part in sample_of(tile, tensor.numel)
             )
-        same = self._same.get(index, tensor.method.keeps_equal()) and are_equal(tile)
+        same = self._same.get(index, can_copy(tensor.method)) and are_equal(tile)
         self._same[index] = same
         return same
 
@@ -205,8 +205,11 @@ class GpuRun(Run):
             if survey.wants_sample and index in self._samples:
                 survey.sample(self._samples.pop(index), resident=True)
             self._kept.pop(index, None)
-            for _ in range(ROUNDS):
-                partials = [self._look(survey, member, tile) for member, tile in found]
+            experts = len(tensor.job.experts)
+            rounds = tensor.method.rounds(experts)
+            for number in range(rounds + ROUNDS):
+                reads = tensor.method.reads(min(number, rounds - 1), experts)
+                partials = [self._look(survey, member, tile.only(reads)) for member, tile in found]
                 self.device.queue.finish()
                 if survey.settle(partials):
                     break
@@ -271,7 +274,7 @@ class GpuRun(Run):
         """Launch one piece's merge; inputs that are the same bytes give those bytes, whatever a NaN holds."""
         tensor = self.plan.tensors[piece.tensor]
         survey = self._surveys.get(piece.tensor)
-        account = self._accounts.setdefault(piece.tensor, Account(tensor.method.keeps_equal()))
+        account = self._accounts.setdefault(piece.tensor, Account(can_copy(tensor.method)))
         account.equal = account.equal and equal
         assert tile.out is not None
         if DTYPES[tile.out.dtype].floating and piece.numel:
@@ -316,11 +319,10 @@ class GpuRun(Run):
         """A piece as a tile of device memory."""
         assert loaded.held is not None
         piece = loaded.step.pieces[number]
-        tensor = self.plan.tensors[piece.tensor]
         start = self.device.arena.data_ptr() + loaded.held.slot * self.device.layout.slot_bytes
         spans = [
             Span(start + offset, spec.dtype if DTYPES[spec.dtype].bits >= 8 else "U8", piece.numel, self.device.queue)
-            for spec, offset in zip(tensor.inputs, loaded.held.where.offsets[number], strict=True)
+            for spec, offset in zip(piece.inputs(self.plan.tensors), loaded.held.where.offsets[number], strict=True)
         ]
         return self._tile_of(piece, spans)
 

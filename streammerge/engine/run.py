@@ -151,7 +151,8 @@ class Run:
         if survey.wants_sample:
             survey.sample([self._tile(sample, piece) for piece in sample.step.pieces], resident=False)
         self.ring.give(sample.slot)
-        planned = self.plan.tensors[index].method.rounds()
+        tensor = self.plan.tensors[index]
+        planned = tensor.method.rounds(len(tensor.job.experts))
         while not survey.settle(self._round(index, survey)):
             planned -= 1
             if planned < 1:
@@ -177,8 +178,11 @@ class Run:
         self._feed = Feed(self.ring, self._reader, self._again(index))
 
     def _again(self, index: int) -> Iterator[Step]:
-        yield from tile_steps(self.plan.tensors, index, self.plan.cut, "survey")
-        yield from tile_steps(self.plan.tensors, index, self.plan.cut, "merge")
+        method, experts = self.plan.tensors[index].method, len(self.plan.tensors[index].job.experts)
+        rounds = method.rounds(experts)
+        again = method.reads(rounds - 1, experts)
+        yield from tile_steps(self.plan.tensors, index, self.plan.cut, "survey", reads=again)
+        yield from tile_steps(self.plan.tensors, index, self.plan.cut, "merge", reads=method.reads(rounds, experts))
         yield from self.plan.work(index + 1)
 
     def _merge(self, loaded: Loaded, sink: Sink) -> Iterator[int]:
@@ -236,17 +240,17 @@ class Run:
             sink.note(note)
 
     def _tile(self, loaded: Loaded, piece: Piece) -> Tile:
-        tensor = self.plan.tensors[piece.tensor]
         spans = [
             self._span(loaded, offset, spec.dtype, piece.numel)
-            for spec, offset in zip(tensor.inputs, piece.offsets, strict=True)
+            for spec, offset in zip(piece.inputs(self.plan.tensors), piece.offsets, strict=True)
         ]
         return self._tile_of(piece, spans)
 
     def _tile_of(self, piece: Piece, spans: list[Span]) -> Tile:
         """A piece as a tile; `spans` are its inputs, base first."""
         tensor = self.plan.tensors[piece.tensor]
-        base = spans.pop(0) if tensor.job.base is not None else None
+        has_base = tensor.job.base is not None and (piece.reads is None or 0 in piece.reads)
+        base = spans.pop(0) if has_base else None
         return Tile(
             name=tensor.job.name,
             tensor_id=zlib.crc32(tensor.job.name.encode()),

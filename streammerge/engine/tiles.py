@@ -24,7 +24,7 @@ from streammerge.method import Flags, Survey, Tile, TileMethod
 T = TypeVar("T")
 PART = 1 << 18  # elements that a thread takes at once, at least: work that outweighs handing it over
 RESIDENT_SAMPLE, RESIDENT_SLICES = 1 << 17, 16  # elements and slices of a sample of resident tiles
-ROUNDS = 8  # no survey needs more; one that does is a bug, not a slow tensor
+ROUNDS = 8  # no survey needs so many more than planned; one that does is a bug, not a slow tensor
 
 
 class Crew:
@@ -64,8 +64,11 @@ def settle_in_memory(crew: Crew, method: TileMethod, survey: Survey, tiles: Sequ
     """Settle a survey of a tensor that is resident whole."""
     if survey.wants_sample:
         survey.sample(_sample(tiles), resident=True)
-    for _ in range(ROUNDS):
-        if survey.settle(list(look(crew, method, survey, tiles))):
+    experts = len(tiles[0].experts)
+    rounds = method.rounds(experts)
+    for number in range(rounds + ROUNDS):
+        seen = [tile.only(method.reads(min(number, rounds - 1), experts)) for tile in tiles]
+        if survey.settle(list(look(crew, method, survey, seen))):
             return
     raise AssertionError(f"{type(survey).__name__} did not settle in {ROUNDS} rounds")
 
@@ -95,7 +98,7 @@ class Merger:
     def __init__(self, crew: Crew, method: TileMethod, survey: Survey | None) -> None:
         self._crew, self._method, self._survey = crew, method, survey
         self._ranks: npt.NDArray[np.int64] | None = None
-        self.equal = method.keeps_equal()  # whether every tile so far was the same bytes in all inputs
+        self.equal = can_copy(method)  # whether every tile so far was the same bytes in all inputs
         self.flags: Flags | None = None
 
     def merge(self, tile: Tile) -> None:
@@ -142,6 +145,11 @@ class Merger:
 
     def _note(self, flags: Flags) -> None:
         self.flags = flags if self.flags is None else np.maximum(self.flags, flags)
+
+
+def can_copy(method: TileMethod) -> bool:
+    """Whether a merge sees all inputs, and gives their bytes where they are the same."""
+    return method.keeps_equal() and method.reads(method.rounds(1), 1) is None
 
 
 def are_equal(tile: Tile) -> bool:

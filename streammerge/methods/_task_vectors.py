@@ -54,7 +54,7 @@ class Trimmed(TaskVectors):
     def uses(self) -> tuple[str, ...]:
         return self.kernels if self.rescale else ("magnitude_histogram", "sign_elect")
 
-    def rounds(self) -> int:
+    def rounds(self, experts: int) -> int:
         return 2 if self.rescale else 1  # thresholds, then the norms of what they keep
 
     def windows(self, numel: int, experts: int) -> list[Window]:

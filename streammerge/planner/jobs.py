@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.errors import CheckpointError
 from streammerge.formats.dtypes import DTYPES
 from streammerge.formats.header import TensorSpec
-from streammerge.planner.layers import is_vocabulary
+from streammerge.method import is_vocabulary
 
 if TYPE_CHECKING:
     from streammerge.store.checkpoint import Checkpoint

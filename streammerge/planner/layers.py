@@ -28,7 +28,6 @@ _BEFORE = re.compile(
     r"embed|\bwte\b|\bwpe\b|posi?tion|\bpos_|\btok_|token|patch|\bclass_|\bcls_token|\bshared\b"
     r"|project_in|\bpre_?lay|feature_(extractor|projection)|\bconv\d|\bstem\b"
 )
-_VOCABULARY = re.compile(r"embed_tokens|\bwte\b|word_embeddings|tok_embeddings|embed_in|embed_out|lm_head|\bshared\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +98,6 @@ def layer_depth(layer: int, count: int) -> float:
 def comes_before(name: str) -> bool:
     """Whether a tensor outside the stack feeds the first layer (embeddings); else it follows the last."""
     return _AFTER.search(name) is None and _BEFORE.search(name) is not None
-
-
-def is_vocabulary(name: str) -> bool:
-    """Whether the tensor has one row per token, by its name."""
-    return _VOCABULARY.search(name) is not None
 
 
 def _word(stack: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from streammerge import __version__, kernel
 from streammerge.budget import MIB, cores, human, resident
 from streammerge.errors import BudgetTooSmall, RecipeError
-from streammerge.method import TileMethod, build, find
+from streammerge.method import TensorMethod, TileMethod, build, find
 from streammerge.planner.device import SLOTS, DeviceLayout, make_layout
 from streammerge.planner.dialect import Resolution
 from streammerge.planner.layout import Layout, lay_out_output
@@ -135,7 +135,7 @@ def make_plan(
         RecipeError: a method that this engine cannot run.
     """
     layout = lay_out_output(resolution.jobs, resolution.shards, limits.shard_size, resolution.donor.metadata)
-    tensors = tuple(_planned(layout, recipe.where))
+    tensors = tuple(_planned(layout, recipe.where, limits))
     threads = limits.threads or cores()
     used = dict.fromkeys(name for tensor in tensors for name in tensor.method.uses())
     kernels = {name: kernel.describe(name, limits.device) for name in used}
@@ -147,7 +147,7 @@ def make_plan(
         read += step.read_bytes
         steps += 1
         surveyed = step.kind == "survey"
-        passes = max(passes, 1 + (tensors[step.pieces[0].tensor].method.rounds() if surveyed else 0))
+        passes = max(passes, 1 + (_rounds(tensors[step.pieces[0].tensor]) if surveyed else 0))
         slots += step.size
     ring = min(ring, max(slots, PAGE))
     return Plan(
@@ -180,7 +180,7 @@ def make_plan(
     )
 
 
-def _planned(layout: Layout, where: str) -> Iterator[PlannedTensor]:
+def _planned(layout: Layout, where: str, limits: Limits) -> Iterator[PlannedTensor]:
     made: dict[tuple[Any, ...], TileMethod] = {}
     for place in layout.places:
         job = place.job
@@ -193,7 +193,9 @@ def _planned(layout: Layout, where: str) -> Iterator[PlannedTensor]:
             if not isinstance(method, TileMethod):
                 raise RecipeError(f"{job.method} is a {method.sees} method; this engine runs tile methods only")
             made[key] = method
-        method = made[key]
+        method = made[key].for_tensor(job.name, job.shape, len(job.experts))
+        if limits.on_gpu and isinstance(method, TensorMethod):
+            raise RecipeError(f"{job.method} runs on the CPU so far; give --device cpu")
         surveyed = method.survey(job.shape, len(job.experts)) is not None
         yield PlannedTensor(job, method, surveyed, place.shard, place.begin, place.end)
 
@@ -247,6 +249,10 @@ def _refuse(tensors: Sequence[PlannedTensor], limits: Limits, ram: int, step: in
         f"allowed; give --vram {least // MIB}MiB or more, or --device cpu",
         least,
     )
+
+
+def _rounds(tensor: PlannedTensor) -> int:
+    return tensor.method.rounds(len(tensor.job.experts))
 
 
 def _cost(tensor: PlannedTensor, step: int, threads: int) -> int:

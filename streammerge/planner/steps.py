@@ -61,12 +61,21 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements [start, start + numel) of one tensor; `offsets` says where each input's lie in the slot."""
+    """Elements [start, start + numel) of one tensor; `offsets` says where each input's lie in the slot.
+
+    `reads` are the inputs that are there, by their places in PlannedTensor.inputs; None: all of them.
+    """
 
     tensor: int
     start: int
     numel: int
     offsets: tuple[int, ...]
+    reads: tuple[int, ...] | None = None
+
+    def inputs(self, tensors: Sequence[PlannedTensor]) -> tuple[TensorSpec, ...]:
+        """The inputs that are there, in the order of `offsets`."""
+        every = tensors[self.tensor].inputs
+        return every if self.reads is None else tuple(every[i] for i in self.reads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +110,10 @@ def lay_out(tensors: Sequence[PlannedTensor], pieces: Sequence[Piece]) -> tuple[
     extents: list[Extent] = []
     offsets: list[dict[int, int]] = [{} for _ in pieces]
     size = 0
-    for which in range(max((len(tensors[piece.tensor].inputs) for piece in pieces), default=0)):
+    for which in range(max((len(piece.inputs(tensors)) for piece in pieces), default=0)):
         newest: Extent | None = None
         for at, piece in enumerate(pieces):
-            inputs = tensors[piece.tensor].inputs
+            inputs = piece.inputs(tensors)
             if which >= len(inputs) or piece.numel == 0:
                 continue
             begin, end = _range(inputs[which], piece)
@@ -122,7 +131,7 @@ def lay_out(tensors: Sequence[PlannedTensor], pieces: Sequence[Piece]) -> tuple[
             if newest:
                 size = round_up(newest.offset + newest.end - newest.begin)
     placed = [
-        replace(piece, offsets=tuple(found.get(i, 0) for i in range(len(tensors[piece.tensor].inputs))))
+        replace(piece, offsets=tuple(found.get(i, 0) for i in range(len(piece.inputs(tensors)))))
         for piece, found in zip(pieces, offsets, strict=True)
     ]
     return extents, placed, size
@@ -154,9 +163,9 @@ class Packer:
         """Elements of this tensor that still fit."""
         return max(0, self._cap - self._bound - len(tensor.inputs) * 2 * PAGE) // tensor.width
 
-    def add(self, index: int, start: int, numel: int) -> None:
+    def add(self, index: int, start: int, numel: int, reads: tuple[int, ...] | None = None) -> None:
         tensor = self._tensors[index]
-        self._pieces.append(Piece(index, start, numel, ()))
+        self._pieces.append(Piece(index, start, numel, (), reads))
         self._bound += numel * tensor.width + len(tensor.inputs) * 2 * PAGE
 
     def flush(self, kind: Kind = "merge", last: bool = True) -> Iterator[Step]:
@@ -211,9 +220,7 @@ def surveyed_steps(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> It
         yield from tile_steps(tensors, index, cut, "merge", together=True)
     else:
         yield from sample_step(tensors, index)
-        for _ in range(tensor.method.rounds()):
-            yield from tile_steps(tensors, index, cut, "survey")
-        yield from tile_steps(tensors, index, cut, "merge")
+        yield from round_steps(tensors, index, cut)
 
 
 def is_resident(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> bool:
@@ -225,13 +232,26 @@ def is_resident(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> bool:
     return tensor.numel * tensor.width + count * len(tensor.inputs) * 2 * PAGE + cut.step <= cut.resident
 
 
+def round_steps(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> Iterator[Step]:
+    """The rounds of a survey, each a read of what it needs, and the merge."""
+    method, experts = tensors[index].method, len(tensors[index].job.experts)
+    for number in range(method.rounds(experts)):
+        yield from tile_steps(tensors, index, cut, "survey", reads=method.reads(number, experts))
+    yield from tile_steps(tensors, index, cut, "merge", reads=method.reads(method.rounds(experts), experts))
+
+
 def tile_steps(
-    tensors: Sequence[PlannedTensor], index: int, cut: Cut, kind: Kind, together: bool = False
+    tensors: Sequence[PlannedTensor],
+    index: int,
+    cut: Cut,
+    kind: Kind,
+    together: bool = False,
+    reads: tuple[int, ...] | None = None,
 ) -> Iterator[Step]:
-    """One step per tile of a tensor; `together` if they wait for each other."""
+    """One step per tile of a tensor; `together` if they wait for each other, `reads` which inputs they need."""
     packer = Packer(tensors, cut.step)
     for lo, hi in tiles(tensors[index], cut):
-        packer.add(index, lo, hi - lo)
+        packer.add(index, lo, hi - lo, reads)
         yield from packer.flush(kind, last=not together or hi == tensors[index].numel)
 
 

@@ -4,7 +4,8 @@ import pytest
 from stand_ins import llama
 
 from streammerge.errors import CheckpointError
-from streammerge.planner.layers import Layers, Place, comes_before, is_vocabulary
+from streammerge.method import is_vocabulary
+from streammerge.planner.layers import Layers, Place, comes_before
 
 BERT = [f"bert.encoder.layer.{i}.output.dense.weight" for i in range(12)]
 T5 = [f"encoder.block.{i}.layer.{j}.layer_norm.weight" for i in range(3) for j in range(2)]
