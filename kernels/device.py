@@ -27,6 +27,7 @@ BF16: tl.constexpr = tl.constexpr(CODES["BF16"])
 F16: tl.constexpr = tl.constexpr(CODES["F16"])
 F64: tl.constexpr = tl.constexpr(CODES["F64"])
 E4M3: tl.constexpr = tl.constexpr(CODES["F8_E4M3"])
+E5M2: tl.constexpr = tl.constexpr(CODES["F8_E5M2"])
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 NAN: tl.constexpr = tl.constexpr(0x7FC00000)
 ABSOLUTE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -45,6 +46,11 @@ def alignment(*spans: Span) -> int:
 def block_size(usual: int) -> int:
     """Elements of a program: the interpreter wants few large ones."""
     return 1 << 16 if INTERPRETED else usual
+
+
+def int32(word: int) -> int:
+    """A 32-bit word as an argument: a kernel is compiled anew where an int no longer fits 32 bits and a sign."""
+    return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
 def width(*spans: Span) -> int:
@@ -136,12 +142,7 @@ def load(address, offs, mask, CODE: tl.constexpr, ALIGN: tl.constexpr, MASKED: t
     elif CODE == F64:
         return fetch(pointer(address, tl.float64, ALIGN), offs, mask, MASKED).to(tl.float32)
     else:
-        code = fetch(pointer(address, tl.uint8, ALIGN), offs, mask, MASKED).to(tl.uint32)
-        if CODE == E4M3:
-            bits = widen(code & 0x7F, 3, 7, 0x7E, 0x7E)
-        else:
-            bits = widen(code & 0x7F, 2, 15, 0x7B, 0x7C)
-        return as_f32(bits | ((code & 0x80) << 24))
+        return decode(fetch(pointer(address, tl.uint8, ALIGN), offs, mask, MASKED).to(tl.uint32), CODE)
 
 
 @triton.jit
@@ -153,25 +154,85 @@ def bf16_bits(value):
 
 
 @triton.jit
-def store(address, offs, value, mask, CODE: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr):
-    """Round fp32 values once, into any dtype; every NaN is stored as one pattern."""
+def encode(value, CODE: tl.constexpr):
+    """What `store` writes, as uint32: fp32 rounded once, every NaN one pattern. Of F64 the same value in fp32."""
     bits = as_u32(value)
     if CODE == BF16:
-        put(pointer(address, tl.uint16, ALIGN), offs, bf16_bits(value).to(tl.uint16), mask, MASKED)
-    elif CODE == F32:
-        clean = tl.where((bits & ABSOLUTE) > INFINITY, NAN, bits).to(tl.uint32)
-        put(pointer(address, tl.uint32, ALIGN), offs, clean, mask, MASKED)
-    elif CODE == F64:
-        quiet = tl.full(value.shape, 0x7FF8000000000000, tl.int64).to(tl.float64, bitcast=True)
-        clean = tl.where((bits & ABSOLUTE) > INFINITY, quiet, value.to(tl.float64))
-        put(pointer(address, tl.float64, ALIGN), offs, clean, mask, MASKED)
+        return bf16_bits(value)
     elif CODE == F16:
-        code = narrow(bits, 10, 15, 0x7C00, 0x7E00, 15)
-        put(pointer(address, tl.uint16, ALIGN), offs, code.to(tl.uint16), mask, MASKED)
+        return narrow(bits, 10, 15, 0x7C00, 0x7E00, 15)
     elif CODE == E4M3:
-        put(pointer(address, tl.uint8, ALIGN), offs, narrow(bits, 3, 7, 0x7E, 0x7F, 7).to(tl.uint8), mask, MASKED)
+        return narrow(bits, 3, 7, 0x7E, 0x7F, 7)
+    elif CODE == E5M2:
+        return narrow(bits, 2, 15, 0x7C, 0x7F, 7)
     else:
-        put(pointer(address, tl.uint8, ALIGN), offs, narrow(bits, 2, 15, 0x7C, 0x7F, 7).to(tl.uint8), mask, MASKED)
+        return tl.where((bits & ABSOLUTE) > INFINITY, NAN, bits).to(tl.uint32)
+
+
+@triton.jit
+def store(address, offs, value, mask, CODE: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr):
+    """Round fp32 values once, into any dtype; every NaN is stored as one pattern."""
+    if CODE == F64:
+        quiet = tl.full(value.shape, 0x7FF8000000000000, tl.int64).to(tl.float64, bitcast=True)
+        clean = tl.where((as_u32(value) & ABSOLUTE) > INFINITY, quiet, value.to(tl.float64))
+        put(pointer(address, tl.float64, ALIGN), offs, clean, mask, MASKED)
+    elif CODE == F32:
+        put(pointer(address, tl.uint32, ALIGN), offs, encode(value, CODE), mask, MASKED)
+    elif CODE == BF16 or CODE == F16:
+        put(pointer(address, tl.uint16, ALIGN), offs, encode(value, CODE).to(tl.uint16), mask, MASKED)
+    else:
+        put(pointer(address, tl.uint8, ALIGN), offs, encode(value, CODE).to(tl.uint8), mask, MASKED)
+
+
+@triton.jit
+def decode(code, CODE: tl.constexpr):
+    """The fp32 value of what `encode` gives."""
+    if CODE == BF16:
+        return as_f32(code << 16)
+    elif CODE == F16:
+        return code.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif CODE == E4M3:
+        value = as_f32(((code & 0x80) << 24) | ((code & 0x7F) << 20)) * 2.0**120  # exact, for subnormal numbers too
+        return tl.where((code & 0x7F) == 0x7F, as_f32(tl.full(code.shape, NAN, tl.uint32)), value)
+    elif CODE == E5M2:  # the upper byte of an F16
+        return (code << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return as_f32(code)
+
+
+@triton.jit
+def dithered(value, word, MANTISSA: tl.constexpr, BIAS: tl.constexpr, FINITE: tl.constexpr):
+    """numerics.dithered, of fp32 values."""
+    bits = as_u32(value)
+    size = bits & ABSOLUTE
+    BELOW: tl.constexpr = (1 << (23 - MANTISSA)) - 1
+    result = (bits + (word >> (9 + MANTISSA))) & (0xFFFFFFFF - BELOW)
+    if BIAS < 127:
+        LEAST: tl.constexpr = (128 - BIAS) << 23
+        STEPS: tl.constexpr = 2.0 ** (BIAS - 1 + MANTISSA)
+        steps = as_f32(tl.minimum(size, tl.full(size.shape, LEAST, tl.uint32))) * STEPS
+        whole = steps.to(tl.int32)
+        part = ((steps - whole.to(tl.float32)) * 2147483648.0).to(tl.int32).to(tl.uint32)
+        up = ((part + (word >> 1)) >> 31).to(tl.int32)
+        tiny = as_u32((whole + up).to(tl.float32) * (1.0 / STEPS)) | (bits & 0x80000000)
+        result = tl.where(size < LEAST, tiny, result)
+    LAST: tl.constexpr = (FINITE + ((127 - BIAS) << MANTISSA)) << (23 - MANTISSA)
+    return as_f32(tl.where(size > LAST, bits, result).to(tl.uint32))
+
+
+@triton.jit
+def dither(value, word, CODE: tl.constexpr):
+    """fp32 values rounded up or down to those of a dtype, by a random word each."""
+    if CODE == BF16:
+        return dithered(value, word, 7, 127, 0x7F7F)
+    elif CODE == F16:
+        return dithered(value, word, 10, 15, 0x7BFF)
+    elif CODE == E4M3:
+        return dithered(value, word, 3, 7, 0x7E)
+    elif CODE == E5M2:
+        return dithered(value, word, 2, 15, 0x7B)
+    else:
+        return value
 
 
 @triton.jit
@@ -218,3 +279,78 @@ def fold(lanes, ROWS: tl.constexpr):
     for step in tl.static_range(7):
         lanes = tl.sum(tl.reshape(lanes, (ROWS, 2, LANE_COUNT >> (step + 1))), 1)
     return tl.reshape(lanes, (ROWS,))
+
+
+@triton.jit
+def lane_words(at, seed_low, seed_high, tensor_id, stream, QUAD: tl.constexpr):
+    """`words` for rows of 128 elements that begin at each at[i]: [rows, 128]; QUAD: at multiples of 4."""
+    if QUAD:
+        q = (at >> 2)[:, None] + tl.arange(0, LANE_COUNT // 4)[None, :]
+        a, b, c, d = philox(q, seed_low, seed_high, tensor_id, stream)
+        return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    else:
+        element = at[:, None] + tl.arange(0, LANE_COUNT)[None, :]
+        a, b, c, d = philox(element >> 2, seed_low, seed_high, tensor_id, stream)
+        which = element & 3
+        return tl.where(which == 0, a, tl.where(which == 1, b, tl.where(which == 2, c, d)))
+
+
+@triton.jit
+def group_of(words, groups):
+    """Groups of a random partition, uint32, as numerics.group_of has them."""
+    return tl.umulhi(words, tl.zeros_like(words) + tl.cast(groups, tl.uint32))
+
+
+@triton.jit
+def walk(
+    STEP: tl.constexpr,
+    COUNT: tl.constexpr,
+    args,
+    first,
+    block,
+    numel,
+    CODES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """COUNT sums of each of BLOCKS logical blocks from block `first` on, lane by lane: a tuple of [BLOCKS, 128].
+
+    STEP(sums, args, at, inside, CODES, ALIGN, KIND, MASKED) adds one row of 128 elements of each block, which begins
+    at element at[i]; `inside` is which of them count. Rows come in order, UNROLL of them under way at once. ALIGN is
+    16 only if `block` is a multiple of 8 too (walk_shape): rows are then read 16 bytes at a time wherever blocks end.
+    """
+    first, block, numel = first.to(tl.int64), tl.cast(block, tl.int64), tl.cast(numel, tl.int64)
+    if ALIGN > 1:
+        block = block // 8 * 8
+    lanes = tl.arange(0, LANE_COUNT)[None, :].to(tl.int64) + tl.zeros((BLOCKS, 1), tl.int64)
+    at = (first + tl.arange(0, BLOCKS)) * block
+    rows = (block + LANE_COUNT - 1) // LANE_COUNT
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums += (tl.zeros((BLOCKS, LANE_COUNT), tl.float64),)
+    if (first + BLOCKS) * block <= numel:
+        rounds = block // (LANE_COUNT * UNROLL)
+        for step in range(0, rounds):
+            for row in tl.static_range(UNROLL):
+                here = at + (step * UNROLL + row) * LANE_COUNT
+                sums = STEP(sums, args, here, None, CODES, ALIGN, KIND, False)
+        for row in range(rounds * UNROLL, rows):
+            sums = STEP(sums, args, at + row * LANE_COUNT, row * LANE_COUNT + lanes < block, CODES, ALIGN, KIND, True)
+    else:
+        for row in range(0, rows):
+            inside = (row * LANE_COUNT + lanes < block) & (at[:, None] + row * LANE_COUNT + lanes < numel)
+            sums = STEP(sums, args, at + row * LANE_COUNT, inside, CODES, ALIGN, KIND, True)
+    return sums
+
+
+def walk_shape(table: dict[int, dict[str, int]], sums: int, block: int, blocks: int, *spans: Span) -> dict[str, Any]:
+    """CODES, ALIGN, BLOCKS, UNROLL and num_warps for a kernel that walks. `table` is by how many sums it keeps."""
+    size: dict[str, Any] = dict(next(size for most, size in table.items() if sums <= most))
+    align = alignment(*spans) if block % 8 == 0 else 1
+    if align == 1:  # item by item, each at an address of its own: registers are short
+        size["UNROLL"] = 1
+    if INTERPRETED:
+        size["BLOCKS"] = min(triton.next_power_of_2(max(blocks, 1)), 512)
+    return size | {"CODES": codes(*spans), "ALIGN": align}

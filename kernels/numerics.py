@@ -41,7 +41,7 @@ CHUNK = 512  # elements that a kernel holds at a time; a multiple of LANES
 LANES = 128  # partial sums of a block, folded by halves
 BLOCK = 4096  # elements of a logical block where no row length is given
 CODES = {"F32": 0, "BF16": 1, "F16": 2, "F64": 3, "F8_E4M3": 4, "F8_E5M2": 5}
-ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I16": 2}
 F32, BF16, F16, F64, E4M3, E5M2 = range(6)
 INFINITY = 0x7F800000  # fp32 bits of infinity: a larger magnitude is NaN
 NAN = 0x7FC00000
@@ -159,6 +159,24 @@ def signed(bits: int, code: int, nan: int, shift: int) -> int:
 def bf16_bits(bits: int) -> int:
     nearest = u32(u32(bits + u32(u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1)))) >> u32(16))
     return u32(0x7FC0) if u32(bits & u32(0x7FFFFFFF)) > u32(INFINITY) else nearest
+
+
+@inlined
+def dithered(bits: int, word: int, mantissa: int, bias: int, finite: int) -> int:
+    """An fp32 pattern rounded to a neighbour in a narrow format: up if what it has below the last bit there and the
+    random word, as fractions, make 1 or more; of a subnormal result 31 bits of both count. What lies beyond `finite`,
+    the largest finite code, stays as it is: storing it rounds to nearest."""
+    size, sign = u32(bits & u32(0x7FFFFFFF)), u32(bits & u32(0x80000000))
+    below = u32((1 << (23 - mantissa)) - 1)
+    normal = u32(u32(bits + u32(u32(word) >> u32(9 + mantissa))) & u32(~below))
+    least = u32(0 if bias == 127 else (128 - bias) << 23)  # the smallest normal number; BF16 has fp32's
+    steps = f32(as_f32(min(size, least)) * as_f32(u32((126 + bias + mantissa) << 23)))
+    whole = np.int32(steps)
+    part = u32(np.int32(f32(f32(steps - f32(whole)) * f32(2147483648.0))))
+    up = u32(u32(part + u32(u32(word) >> u32(1))) >> u32(31))
+    tiny = as_u32(f32(f32(u32(u32(whole) + up)) * as_f32(u32((128 - bias - mantissa) << 23))))
+    result = u32(tiny | sign) if size < least else normal
+    return bits if size > u32((finite + ((127 - bias) << mantissa)) << (23 - mantissa)) else result
 
 
 # --- loads: m elements from item `start` on, as fp32; the result is the largest magnitude's bits ---
@@ -280,6 +298,23 @@ def store_f8(row: Array, address: int, code: int, m: int) -> None:
 
 
 @inlined
+def dither(row: Array, words: Array, code: int, m: int) -> None:
+    """`dithered` in place, for a dtype; nothing is left to round when it is stored. F32 and F64 hold every value."""
+    if code == BF16:
+        for i in range(m):
+            row[i] = as_f32(dithered(as_u32(row[i]), words[i], 7, 127, 0x7F7F))
+    elif code == F16:
+        for i in range(m):
+            row[i] = as_f32(dithered(as_u32(row[i]), words[i], 10, 15, 0x7BFF))
+    elif code == E4M3:
+        for i in range(m):
+            row[i] = as_f32(dithered(as_u32(row[i]), words[i], 3, 7, 0x7E))
+    elif code == E5M2:
+        for i in range(m):
+            row[i] = as_f32(dithered(as_u32(row[i]), words[i], 2, 15, 0x7B))
+
+
+@inlined
 def subtract(row: Array, base: Array, m: int) -> None:
     """row -= base, in place."""
     for i in range(m):
@@ -308,6 +343,44 @@ def philox(words: Array, first: int, blocks: int, seed: int, tensor_id: int, str
 def threshold(density: float) -> int:
     """An element stays if its word lies below this: density in units of 2**-32."""
     return min(max(round(density * 2.0**32), 0), 1 << 32)
+
+
+class Partition(NamedTuple):
+    """A tensor's elements dealt out to groups at random, by seed, tensor and element alone: nothing is stored."""
+
+    seed: int
+    tensor_id: int
+
+
+PARTITION = 0xFFFFFFFF  # the stream of its words; masks have the number of an expert there
+
+
+class Stochastic(NamedTuple):
+    """Rounding up or down by chance, right on average: `dithered` by the words of seed, tensor and element."""
+
+    seed: int
+    tensor_id: int
+
+
+ROUNDING = 0xFFFFFFFE  # the stream of its words
+
+
+def key(given: Partition | Stochastic | None) -> Array:
+    """Seed and tensor as compiled loops take them; empty for None."""
+    return np.array(given or (), np.uint64).view(np.int64)
+
+
+@inlined
+def words_from(words: Array, element: int, m: int, keys: Array, stream: int) -> Array:
+    """Random words of m elements from any `element` on, in room for CHUNK + 8; keys as `key` gives them."""
+    philox(words, element >> 2, ((element & 3) + m + 3) >> 2, keys[0], keys[1], stream)
+    return words[element & 3 :]
+
+
+@inlined
+def group_of(word: int, groups: int) -> int:
+    """The group of an element in a partition: the high 32 bits of word * groups, each as likely to within 2**-32."""
+    return numba.int64(u64(u64(word) * u64(groups)) >> u64(32))
 
 
 # --- sums in a fixed order: lane l of a block takes elements l, l + 128, ... in turn; lanes are folded by halves ---

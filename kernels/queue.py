@@ -67,7 +67,7 @@ class CudaStream:
             work()
 
     def mark(self) -> CudaEvent:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # whoever waits leaves the processor to the readers
         event.record(self._stream)
         return CudaEvent(event)
 

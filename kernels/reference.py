@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .numerics import ITEMSIZE, LANES, Array, Span
+from .numerics import ITEMSIZE, LANES, PARTITION, ROUNDING, Array, Partition, Span, Stochastic
 
 DTYPES = {
     "F32": torch.float32,
@@ -18,7 +19,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INTEGERS = {"I8": torch.int8, "I16": torch.int16, "U8": torch.uint8}  # votes and bits; no kernel computes in them
+NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NANS = {"F32": 0x7FC00000, "BF16": 0x7FC0, "F16": 0x7E00, "F64": 0x7FF8 << 48, "F8_E4M3": 0x7F, "F8_E5M2": 0x7F}
 
@@ -37,8 +39,28 @@ def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(value.isnan(), nan, bits(result)).view(dtype)
 
 
-def write(out: torch.Tensor, value: torch.Tensor) -> None:
-    bits(out).copy_(bits(rounded(value, out.dtype)))
+def write(out: torch.Tensor, value: torch.Tensor, start: int = 0, rounding: Stochastic | None = None) -> None:
+    """Round fp32 values into `out`, whose first element is element `start` of its tensor."""
+    if rounding is None:
+        bits(out).copy_(bits(rounded(value, out.dtype)))
+    else:
+        words = philox(start, out.numel(), *rounding, ROUNDING, out.device)
+        bits(out).copy_(bits(dithered(value, out.dtype, words)))
+
+
+def dithered(value: torch.Tensor, dtype: torch.dtype, words: torch.Tensor) -> torch.Tensor:
+    """fp32 to `dtype`, up or down by a random word each (philox): numerics.dithered by its definition, in fp64."""
+    if dtype in (torch.float32, torch.float64):
+        return rounded(value, dtype)
+    info, size = torch.finfo(dtype), value.abs().double()
+    mantissa = -int(math.log2(info.eps))
+    exponent = (torch.frexp(size)[1].long() - 1).clamp(min=int(math.log2(info.smallest_normal)))
+    step = ((exponent - mantissa + 1023) << 52).view(torch.float64)
+    whole = (size / step).floor()
+    part = ((size / step - whole) * 2.0**31).floor()
+    result = torch.where((words >> 1) + part >= 2.0**31, whole + 1, whole) * step
+    result = torch.where(size > info.max, size, result)
+    return rounded(result.float().copysign(value), dtype)
 
 
 def flags(*tensors: torch.Tensor) -> Array:
@@ -66,6 +88,11 @@ def philox(start: int, numel: int, seed: int, tensor_id: int, stream: int, devic
         a, b, c, d = ((r >> 32) & low) ^ b ^ k0, r & low, ((p >> 32) & low) ^ d ^ k1, p & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return torch.stack([a, b, c, d]).gather(0, (element & 3)[None])[0]
+
+
+def partition(start: int, numel: int, groups: int, split: Partition, device: Any = "cpu") -> torch.Tensor:
+    """The group of each element, as numerics.group_of says."""
+    return philox(start, numel, split.seed, split.tensor_id, PARTITION, device) * groups >> 32
 
 
 def block_sums(value: torch.Tensor, block: int) -> torch.Tensor:

@@ -56,6 +56,7 @@ class Compiler(Queue):
 
 
 def describe(name: str, case: Any, function: str, made: Any) -> dict[str, Any]:
+    exact = getattr(kernel.find(name), "EXACT_FMA", False)  # fp64 products of fp32 values need no rounding
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -72,9 +73,11 @@ def describe(name: str, case: Any, function: str, made: Any) -> dict[str, Any]:
         "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
         "shared_bytes": numbers["SHARED"],
         "wide_loads": "ld.global.v4.b32" in ptx,
-        "fused": bool(re.search(r"\bfma\.", ptx)),
+        "fused": bool(re.search(r"\bfma\." if not exact else r"\bfma\.(?!rn\.f64)", ptx)),
         "approximate": bool(re.search(r"\b(div\.full|div\.approx|rcp\.approx|sqrt\.approx|ex2\.approx)", ptx)),
         "flushes": bool(re.search(r"\.ftz\b", ptx)),
+        "async_copies": "cp.async.cg.shared.global" in ptx,
+        "tensor_cores": bool(re.search(r"\b(wgmma\.mma_async|mma\.sync)\.", ptx)),
     }
 
 
