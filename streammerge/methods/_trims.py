@@ -183,7 +183,10 @@ class TrimSurvey(Survey):
             return self._bracket(0, bracket.low)
         if rank >= counts[:-1].sum():
             return self._bracket(end, TOP)
-        return narrow(bracket, counts, rank, ends)
+        answer = narrow(bracket, counts, rank, ends)
+        if isinstance(answer, Bracket):  # cut into as many bins as this survey may have
+            return self._bracket(answer.low, answer.low + (answer.bins << answer.shift))
+        return answer
 
     def _magnitudes(self, tile: Tile) -> list[npt.NDArray[np.float64]]:
         """Per expert [blocks, 2]: sums of all magnitudes, and of those strictly within its window's bounds."""

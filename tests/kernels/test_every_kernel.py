@@ -57,7 +57,7 @@ def test_compiles_for_gpus_that_are_not_here(name):
     assert rows
     for row in rows:
         assert not row["spilled_bytes"], row
-        assert not row["fused"], row
+        assert not row["fused"] or getattr(kernel.find(name), "FUSED", False), row
         assert not row["approximate"], row
         assert not row["flushes"], row
 
