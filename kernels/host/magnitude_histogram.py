@@ -143,12 +143,14 @@ def _equal(spans: Array, numel: int, key: int, count: Array) -> None:
         count[0] += _inside(found, m, u32(key), u32(1))
 
 
-def _check(low: int, shift: int, counts: Array) -> None:
+def check(low: int, shift: int, counts: Array, ends: Array | None) -> None:
+    """What every version of the kernel asks of its brackets."""
     assert 0 <= low < 1 << 31
     assert 0 <= shift < 31
     assert len(counts) > 2
     assert counts.dtype == np.int64
     assert low + ((len(counts) - 3) << shift) < 1 << 31, "brackets beyond the largest key"
+    assert ends is None or (ends.dtype == np.uint32 and ends.shape == (len(counts) - 2, 2))
 
 
 def host(
@@ -160,12 +162,11 @@ def host(
     checkpoints have few different magnitudes: a wide bracket that holds a single one is known to the key. `guess` is
     a key that many elements may have: it makes counting quicker and changes no count.
     """
-    _check(low, shift, counts)
+    check(low, shift, counts, ends)
     assert base.numel == expert.numel
     bins = len(counts) - 2
     second = np.zeros(bins if bins <= SMALL else 0, np.int64)
     ends = np.empty((0, 2), np.uint32) if ends is None else ends
-    assert len(ends) in (0, bins)
     _histogram(table(base, expert), low, shift, base.numel, counts, ends, second, guess)
 
 

@@ -11,7 +11,8 @@ the election leaves no trace in the result; the flags tell.
 
 Bounds are (L, L_first, L_last, U, U_first, U_last), keys as in magnitude_histogram.py: kept are keys between L and U,
 and of the keys that equal a bound those whose rank among their equals, in index order, lies in [first, last) of it.
-Ties are rare: a chunk whose ties fall all on one side is done without looking at them one by one.
+`ranks` says where these ranks begin, and is moved past the part; without it no bound cuts its equals in two: all stay
+where first < last, else all go. Ties are rare: a chunk whose ties fall all on one side does not rank them.
 """
 
 # mypy: disable-error-code="no-any-return"
@@ -23,12 +24,14 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from streammerge.kernels.host import row_ranks
 from streammerge.kernels.numerics import (
     CHUNK,
     Array,
     Span,
     compiled,
     f32,
+    f64,
     flags,
     inlined,
     load,
@@ -37,7 +40,6 @@ from streammerge.kernels.numerics import (
     store,
     subtract,
     table,
-    threshold,
     u32,
 )
 
@@ -47,7 +49,9 @@ ALL = (-1, 0, 0, 1 << 31, 0, 0)  # bounds that keep every element
 class Drop(NamedTuple):
     """Random masks: expert k keeps a share `density`.
 
-    `start` is the tensor's element at which the part begins; `expert_ids` name the random streams.
+    `start` is the tensor's element at which the part begins; `expert_ids` name the random streams. With `row`, parts
+    are whole rows of so many elements, and within a row the share runs from density - epsilon for the smallest
+    magnitude to density + epsilon for the largest (DELLA; row_ranks.py).
     """
 
     density: float | Array
@@ -55,6 +59,8 @@ class Drop(NamedTuple):
     tensor_id: int
     expert_ids: Sequence[int]
     start: int
+    row: int = 0
+    epsilon: float | Array = 0.0
 
 
 @inlined
@@ -122,6 +128,12 @@ def _drop(v: Array, words: Array, last: int, m: int) -> None:
 
 
 @inlined
+def _drop_by_rank(v: Array, words: Array, ranks: Array, low: int, step: float, m: int) -> None:
+    for i in range(m):
+        v[i] = v[i] if numba.int64(words[i]) < low + numba.int64(f64(ranks[i]) * step) else f32(0)
+
+
+@inlined
 def _scale_add(v: Array, c: float, total: Array, m: int) -> None:
     """v becomes c * v where it is kept; a dropped element stays +0, even under an infinite or negative c."""
     for i in range(m):
@@ -156,6 +168,8 @@ def _finish(base: Array, counted: Array, weights: Array, divide: bool, scale: fl
     numba.int64[:, ::1],  # trims, or no rows
     numba.int64[:, ::1],  # ranks
     numba.int64[:, ::1],  # per expert: threshold of its random words, its stream; or no rows
+    numba.float64[::1],  # per expert: what the threshold grows by with each rank
+    numba.uint32[:, ::1],  # per expert: ranks inside rows; or no rows
     numba.int64[::1],  # seed, tensor, first element
     numba.boolean,
     numba.boolean,
@@ -170,6 +184,8 @@ def _merge(
     trims: Array,
     ranks: Array,
     masks: Array,
+    steps: Array,
+    places: Array,
     stream: Array,
     normalize: bool,
     elect: bool,
@@ -197,7 +213,10 @@ def _merge(
             elif len(masks) > 0 and masks[k, 0] < 1 << 32:
                 element = stream[2] + at
                 philox(words, element >> 2, (m + 6) >> 2, stream[0], stream[1], masks[k, 1])
-                _drop(v[k], words[element & 3 :], u32(masks[k, 0] - 1), m)
+                if len(places) > 0:
+                    _drop_by_rank(v[k], words[element & 3 :], places[k, at : at + m], masks[k, 0], steps[k], m)
+                else:
+                    _drop(v[k], words[element & 3 :], u32(masks[k, 0] - 1), m)
             _scale_add(v[k], factors[k, 0], total, m)
         if elect:
             counted[:m] = f32(0)
@@ -225,13 +244,36 @@ def factors_of(weights: Array, rescale: Array | None) -> Array:
     return (wide if rescale is None else wide * np.asarray(rescale, np.float64)).astype(np.float32)
 
 
-def masks_of(drop: Drop | None, experts: int) -> tuple[Array, Array]:
+def masks_of(drop: Drop | None, experts: int) -> tuple[Array, Array, Array]:
+    """Per expert what its words must lie below and its stream; how the former grows by rank; seed, tensor, start."""
     if drop is None:
-        return np.empty((0, 2), np.int64), np.zeros(3, np.int64)
-    density = np.broadcast_to(np.asarray(drop.density, np.float64), (experts,))
-    masks = [(threshold(float(d)), stream) for d, stream in zip(density, drop.expert_ids, strict=True)]
+        return np.empty((0, 2), np.int64), np.zeros(experts), np.zeros(3, np.int64)
+    shares = np.broadcast_to(np.asarray(drop.density, np.float64), (experts,))
+    reach = np.broadcast_to(np.asarray(drop.epsilon, np.float64), (experts,))
+    chances = [row_ranks.chances(float(d), float(e), drop.row) for d, e in zip(shares, reach, strict=True)]
+    masks = [(low, stream) for (low, _), stream in zip(chances, drop.expert_ids, strict=True)]
     seed = drop.seed - (1 << 64) if drop.seed >= 1 << 63 else drop.seed
-    return np.array(masks, np.int64).reshape(experts, 2), np.array([seed, drop.tensor_id, drop.start], np.int64)
+    steps = np.array([step for _, step in chances], np.float64)
+    return np.array(masks, np.int64).reshape(experts, 2), steps, np.array([seed, drop.tensor_id, drop.start], np.int64)
+
+
+def at_random(masks: Array) -> list[int]:
+    """The experts that are neither kept nor dropped whole."""
+    return [k for k, (low, _) in enumerate(masks) if 0 < low < 1 << 32]
+
+
+def bounds_of(trims: Array | None, ranks: Array | None, experts: int) -> Array:
+    """A row of bounds per expert, or none; where there are no ranks, each lets all of its equals in, or none."""
+    if trims is None:
+        return np.empty((0, 6), np.int64)
+    bounds = np.array(trims, np.int64)
+    assert bounds.shape == (experts, 6)
+    assert ranks is None or (ranks.dtype == np.int64 and ranks.shape == (experts, 2))
+    if ranks is None:
+        sides = bounds.reshape(-1, 3)
+        sides[:, 2] = np.where(sides[:, 1] < sides[:, 2], 1 << 62, 0)
+        sides[:, 1] = 0
+    return bounds
 
 
 def host(
@@ -247,19 +289,24 @@ def host(
     ranks: Array | None,
     drop: Drop | None,
 ) -> Array:
-    """Write `out`; say per input (base first) what it holds. `ranks` (at L and U; zeros if None) is only read."""
+    """Write `out`; say per input (base first) what it holds. `ranks`, int64 [experts, 2], is moved past this part."""
     count = len(experts)
     weights = np.ascontiguousarray(weights, np.float32)
     assert len(weights) == count
     assert all(span.numel == out.numel for span in (base, *experts))
-    bounds = np.empty((0, 6), np.int64) if trims is None else np.ascontiguousarray(trims, np.int64)
+    bounds = bounds_of(trims, ranks, count)
     begun = np.zeros((count, 2), np.int64) if ranks is None else ranks
-    assert bounds.shape in ((0, 6), (count, 6))
-    assert begun.shape == (count, 2)
     factors = np.ascontiguousarray(np.stack([factors_of(weights, rescale), weights], 1))
-    masks, stream = masks_of(drop, count)
+    masks, steps, stream = masks_of(drop, count)
     peaks = np.zeros(count + 1, np.uint32)
-    spans = table(out, base, *experts)
-    fixed = divisor_of(weights)
-    _merge(spans, factors, bounds, begun, masks, stream, normalize, elect, fixed, np.float32(scale), out.numel, peaks)
+    spans, fixed = (out, base, *experts), divisor_of(weights)
+    row = drop.row if drop is not None else 0
+    piece = row_ranks.piece_of(row) if row else max(1, out.numel)
+    places = np.empty((count if row else 0, min(piece, out.numel)), np.uint32)
+    for at in range(0, out.numel, piece):
+        cut = [row_ranks.part(span, at, min(at + piece, out.numel)) for span in spans]
+        for k in at_random(masks) if row else ():
+            row_ranks.host(cut[1], cut[k + 2], row, places[k, : cut[0].numel])
+        where, options = stream + np.array([0, 0, at]), (normalize, elect, fixed, np.float32(scale), cut[0].numel)
+        _merge(table(*cut), factors, bounds, begun, masks, steps, places, where, *options, peaks)
     return flags(peaks)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import arguments
 import numpy as np
 import pytest
 import torch
 
 from streammerge import kernel
+from streammerge.kernels import magnitude_histogram as histogram
 from streammerge.kernels import reference
 from streammerge.kernels import select_threshold as select
+from streammerge.kernels.queue import Queue
 from streammerge.kernels.reference import span
 
 
@@ -117,3 +120,45 @@ def test_a_guess_changes_no_count(name):
             kernel.host("magnitude_histogram").host(a, b, low, shift, counts, ends, guess)
             assert np.array_equal(counts, plain)
             assert np.array_equal(ends, wide)
+
+
+def launched(base, expert, low, shift, bins, guess, cuts=(0,)):
+    """Counts and ends of launches that add to the same arrays on the device."""
+    queue, counts = Queue.on(arguments.DEVICE), np.zeros(bins + 2, np.int64)
+    ends = np.tile(np.array([[1 << 31, 0]], np.uint32), (bins, 1))
+    a, b = base.to(arguments.DEVICE), expert.to(arguments.DEVICE)
+    for start, stop in zip(cuts, (*cuts[1:], base.numel()), strict=True):
+        histogram.launch(queue, span(a[start:stop], queue), span(b[start:stop], queue), low, shift, counts, ends, guess)
+    queue.end().wait()
+    queue.finish()
+    return counts, ends
+
+
+@pytest.mark.parametrize("name", list(deltas()))
+def test_blocks_launches_and_guesses_change_no_count(name, monkeypatch):
+    """Blocks with nothing, little and much inside the brackets; whole ranges, narrow ones, single keys."""
+    delta = deltas()[name][:1500]
+    base, numel = torch.zeros_like(delta), delta.numel()
+    keys = np.empty(numel, np.uint32)
+    kernel.host("magnitude_histogram").keys(span(base), span(delta), keys)
+    key = int(np.sort(keys)[numel // 2])
+    for low, shift, bins in ((max(0, key - 5), 0, 11), (max(0, key - 9000), 7, 200), (0, 29, 4), (0, 15, 1 << 16)):
+        counts, ends = np.zeros(bins + 2, np.int64), np.tile(np.array([[1 << 31, 0]], np.uint32), (bins, 1))
+        histogram.reference(base, delta, low, shift, counts, ends)
+        for block, guess, cuts in ((512, key, (0,)), (64, -1, (0, numel // 3)), (2048, key + 1, (0,))):
+            monkeypatch.setattr(histogram, "block_size", lambda usual, block=block: block)
+            found, range_ = launched(base, delta, low, shift, bins, guess, cuts)
+            assert np.array_equal(found, counts), (low, shift, block, guess)
+            assert np.array_equal(range_, ends), (low, shift, block, guess)
+
+
+def test_keys_from_the_device():
+    base, delta = torch.zeros(5000), deltas()["with infinities"]
+    queue, keys, expected = Queue.on(arguments.DEVICE), np.zeros(5000, np.uint32), np.empty(5000, np.uint32)
+    kernel.host("magnitude_histogram").keys(span(base), span(delta), expected)
+    a, b = base.to(arguments.DEVICE), delta.to(arguments.DEVICE)
+    for low, high in ((0, 1), (1, 1), (1, 5000)):
+        histogram.launch_keys(queue, span(a[low:high], queue), span(b[low:high], queue), keys[low:high])
+    queue.end().wait()
+    queue.finish()
+    assert np.array_equal(keys, expected)

@@ -9,6 +9,7 @@ import torch
 
 from streammerge import kernel
 from streammerge.kernels import reference, sign_elect
+from streammerge.kernels.queue import Queue
 from streammerge.kernels.reference import bits, span
 
 
@@ -44,8 +45,12 @@ def test_a_negative_weight_turns_the_vote():
 def test_bounds_by_hand():
     one, two = 0x3F800000, 0x40000000
     trims = np.array([(one, 0, 1, 1 << 31, 0, 0), (-1, 0, 0, two, 0, 1)])
-    got = merge(BASE, EXPERTS, [1, 1], trims=trims)
+    ranks = np.zeros((2, 2), np.int64)
+    got = merge(BASE, EXPERTS, [1, 1], trims=trims, ranks=ranks)
     assert got.tolist() == [13, 10, 12, 10, 0]
+    assert ranks.tolist() == [[2, 0], [0, 2]]
+    together = merge(BASE, EXPERTS, [1, 1], trims=trims)  # without ranks no bound cuts its equals in two
+    assert together.tolist() == [13, 11, 12, 10, 0]
     late = merge(BASE, EXPERTS, [1, 1], trims=trims, ranks=np.array([(1, 0), (0, 1)]))
     assert late.tolist() == [10, 10, 12, 10, 0]
 
@@ -95,3 +100,118 @@ def test_masks_differ_by_seed_tensor_and_expert():
     assert torch.equal(first, mask(1, 2, 3))
     for other in (mask(2, 2, 3), mask(1 + (1 << 32), 2, 3), mask(1, 3, 3), mask(1, 2, 4)):
         assert 380 < (first != other).sum() < 620
+
+
+TOP = 1 << 31
+
+
+def many_ties(numel, experts, seed):
+    """Task vectors of five magnitudes, one of them zero, and random bounds at and beside them, with random ranks."""
+    random = np.random.default_rng(seed)
+    values = np.float32([0, 0.5, 1, 1.5, 2])
+    base = torch.from_numpy(random.integers(-3, 4, numel).astype(np.float32))
+    others = []
+    for _ in range(experts):
+        sign = random.choice(np.float32([-1, 1]), numel)
+        others.append(base + torch.from_numpy(sign * random.choice(values, numel, p=[0.2, 0.2, 0.3, 0.2, 0.1])))
+    keys = [-1, TOP, *(int(key) for key in values.view(np.int32)), 0x3F000001]
+    trims = np.empty((experts, 6), np.int64)
+    for side in trims.reshape(-1, 3):
+        first = int(random.integers(0, numel // 8))
+        side[:] = random.choice(keys), first, first + random.choice([0, 1, numel // 20, numel])
+    return base, others, trims, random.integers(0, numel // 8, (experts, 2))
+
+
+def launch_in_parts(cuts, base, experts, trims, ranks, drop=None, **options):
+    """One array of ranks, one launch for each part, no answer awaited in between."""
+    place = [t.to(arguments.DEVICE) for t in (torch.full_like(base, torch.nan), base, *experts)]
+    queue = Queue.on(arguments.DEVICE)
+    weights, given = (
+        np.linspace(-0.5, 1.5, len(experts), dtype=np.float32),
+        {"elect": True, "normalize": True, **options},
+    )
+    for low, high in zip(cuts, [*cuts[1:], base.numel()], strict=True):
+        out, root, *others = [span(t[low:high], queue) for t in place]
+        part = None if drop is None else drop._replace(start=drop.start + low)
+        rest = weights, None, 0.7, given["normalize"], given["elect"], trims, ranks, part
+        sign_elect.launch(queue, out, root, others, *rest)
+    queue.end().wait()
+    queue.finish()
+    return place[0].cpu()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ranks_stay_on_the_device_between_launches(seed, monkeypatch):
+    """Bounds that cut ties inside a block, between blocks and between launches; open, closed and absent ones."""
+    numel, block = 1501, (64, 256)[seed % 2]
+    monkeypatch.setattr(sign_elect, "block_size", lambda usual: block)
+    base, experts, trims, ranks = many_ties(numel, 1 + seed % 4, seed)
+    weights = np.linspace(-0.5, 1.5, len(experts), dtype=np.float32)
+    expected, moved = torch.full_like(base, torch.nan), ranks.copy()
+    sign_elect.reference(expected, base, experts, weights, None, 0.7, True, True, trims, moved, None)
+    for cuts in ([0], [0, 1, 63, 64, 1000, 1499]):
+        begun = ranks.copy()
+        assert torch.equal(bits(launch_in_parts(cuts, base, experts, trims, begun)), bits(expected))
+        assert np.array_equal(begun, moved), cuts
+
+
+def test_ranks_that_can_cut_nothing_are_moved_without_a_first_pass(monkeypatch):
+    monkeypatch.setattr(sign_elect, "rank_blocks", None)
+    base, experts, trims, ranks = many_ties(2000, 3, 0)
+    trims[:, [2, 5]] = trims[:, [1, 4]]
+    for begun in (ranks.copy(), None):
+        moved, expected = None if begun is None else ranks.copy(), torch.full_like(base, torch.nan)
+        sign_elect.reference(
+            expected,
+            base,
+            experts,
+            np.linspace(-0.5, 1.5, 3, dtype=np.float32),
+            None,
+            0.7,
+            True,
+            True,
+            trims,
+            moved,
+            None,
+        )
+        assert torch.equal(bits(launch_in_parts([0, 700], base, experts, trims, begun)), bits(expected))
+        assert begun is None or np.array_equal(begun, moved)
+
+
+@pytest.mark.parametrize("start", [0, (1 << 33) + 1, (1 << 40) + 4])
+@pytest.mark.parametrize("elect", [False, True])
+def test_blocks_and_launches_change_no_bit(start, elect, monkeypatch):
+    base, experts, trims, ranks = many_ties(2003, 3, 7)
+    experts = [e + 0.01 * torch.randn(2003, generator=torch.Generator().manual_seed(k)) for k, e in enumerate(experts)]
+    drop = kernel.host("sign_elect").Drop(np.array([0.3, 0.9, 0.0]), 1 << 63, 0xFFFFFFFF, [0, 5, 0xFFFFFFFF], start)
+    found = []
+    for block, cuts in ((64, [0]), (512, [0, 1, 1003]), (4096, [0, 4])):
+        monkeypatch.setattr(sign_elect, "block_size", lambda usual, block=block: block)
+        moved = ranks.copy()
+        found.append((bits(launch_in_parts(cuts, base, experts, trims, moved, drop, elect=elect)), moved))
+    for out, moved in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert np.array_equal(moved, found[0][1])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_host_ranks_as_the_reference_does(seed):
+    base, experts, trims, ranks = many_ties(2001, 3, seed)
+    out, weights = torch.full_like(base, torch.nan), np.float32([1, 2, -0.5])
+    for begun in (ranks, None):
+        arguments.agree(
+            sign_elect, (out, base, experts, weights, None, 1.0, seed % 2 == 0, seed < 2, trims, begun, None)
+        )
+
+
+def test_overflow_and_cancellation_in_the_vote():
+    """Sums of infinities, a vote that is not a number, products that vanish: the same everywhere."""
+    big, small = 3e38, 1e-45
+    base = torch.tensor([0.0, 0.0, 0.0, 0.0, -big, small])
+    experts = [torch.tensor([big, big, big, small, big, 2 * small]), torch.tensor([big, -big, -big, -small, 1.0, 0.0])]
+    for scale in (1.0, 1e-3):
+        for elect in (False, True):
+            weights = np.float32([3.0, 0.25])
+            args = torch.zeros(6), base, experts, weights, np.array([1.0, 20.0]), scale, True, elect, None, None, None
+            arguments.agree(sign_elect, args)
+            arguments.launch_agrees(sign_elect, args)
