@@ -153,7 +153,8 @@ def _merge(
     else:
         _block(
             spans, factors, weights, table, ranks, ties, places, pitch, seed_low, seed_high, tensor_id, at + start,
-            scale, divisor, peaks, offs, offs < numel, CODES, ALIGN, ELECT, NORMALIZE, TRIMS, DROPS, QUAD, True, BLOCK, GROUP,
+            scale, divisor, peaks, offs, offs < numel, CODES, ALIGN, ELECT, NORMALIZE, TRIMS, DROPS, QUAD, True, BLOCK,
+            GROUP,
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Runs one method over arrays in memory, cut into tiles as asked: what the contract tests of methods share."""
 
+import itertools
 import zlib
 from itertools import pairwise
 
@@ -36,6 +37,7 @@ def run(method, base, experts, *, tile=0, threads=1, dtype=None, seed=0, name="t
     experts = [np.require(e, requirements="C") for e in experts]
     base = None if base is None else np.require(base, requirements="C")
     shape, numel = experts[0].shape, experts[0].size
+    method = method.for_tensor(name, shape, len(experts))
     out = np.full(shape, 0, NUMPY[dtype] if dtype else experts[0].dtype)
     grain = method.grain(shape)
     size = max(grain, tile // grain * grain) if tile else max(1, numel)
@@ -60,8 +62,11 @@ def run(method, base, experts, *, tile=0, threads=1, dtype=None, seed=0, name="t
         if survey is not None and streamed:
             if survey.wants_sample:
                 survey.sample([t.part(0, max(1, t.numel // 7)) for t in tiles], resident=False)
-            while not survey.settle(list(look(crew, method, survey, tiles))):
-                pass
+            rounds = method.rounds(len(experts))
+            for number in itertools.count():
+                reads = method.reads(min(number, rounds - 1), len(experts))
+                if survey.settle(list(look(crew, method, survey, [t.only(reads) for t in tiles]))):
+                    break
         elif survey is not None:
             settle_in_memory(crew, method, survey, tiles)
         merger = Merger(crew, method, survey)

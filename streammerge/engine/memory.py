@@ -67,6 +67,7 @@ def _merge(
         out=_span(out),
         seed=seed,
     )
+    method = method.for_tensor(name, tile.shape, len(experts))
     survey = method.survey(tile.shape, len(experts))
     if survey is not None:
         settle_in_memory(crew, method, survey, [tile])

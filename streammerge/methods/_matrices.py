@@ -10,14 +10,19 @@ matrices, so neither the budget nor the cut into tiles can change a bit.
 Which tensors count as matrices: those with two dimensions, both above 1, without embeddings and head (one row per
 token: `embeddings` says what becomes of them). All others, norms and biases, get the mean of the task vectors, or stay
 the base's (`other`).
+
+Spectral merges can move a matrix further than any of its experts did, which decoders do not bear well. `norm_cap` c
+shortens the displacement of a matrix, |scale delta|, to c max_i |expert_i - base| where it is longer.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +50,8 @@ class Solver(ABC):
     Tensors are fp32 on the CPU, [m, n] row-major. A solver may change what `take` gets; it is not used again.
     """
 
+    figures: Mapping[str, float] = MappingProxyType({})  # how it went, once finished: for a report
+
     @abstractmethod
     def take(self, expert: int, delta: Tensor) -> None:
         """One expert's task vector, already multiplied by its weight."""
@@ -64,6 +71,7 @@ class MatrixMethod(TensorMethod):
     scale: float = param(1.0, "factor on the merged task vector")
     other: str = param("mean", "vectors and what is no matrix: mean of the task vectors, or base")
     embeddings: str = param("mean", "embeddings and head: mean, base, or matrix (as any other)")
+    norm_cap: float = param(0.0, "cap on a matrix's displacement, in norms of its longest task vector; 0: none")
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -72,6 +80,8 @@ class MatrixMethod(TensorMethod):
         ):
             if value not in known:
                 raise RecipeError(f"{name} is {value!r}; one of {', '.join(known)}")
+        if self.norm_cap < 0:
+            raise RecipeError(f"norm_cap is {self.norm_cap}; it must be 0 or more")
 
     @abstractmethod
     def solver(self, rows: int, columns: int, experts: int) -> Solver:
@@ -105,7 +115,8 @@ class MatrixMethod(TensorMethod):
     def survey(self, shape: tuple[int, ...], experts: int) -> Survey | None:
         if len(shape) != 2 or min(shape) < 2:
             return None
-        return MatrixSurvey(self.solver(*shape, experts), shape, spread(self.weight, experts))
+        cap = self.norm_cap / abs(self.scale) if self.norm_cap and self.scale else math.inf
+        return MatrixSurvey(self.solver(*shape, experts), shape, spread(self.weight, experts), cap)
 
     def survey_bytes(self, shape: tuple[int, ...], experts: int, threads: int) -> int:
         if len(shape) != 2:
@@ -123,7 +134,8 @@ class MatrixMethod(TensorMethod):
             assert part.out is not None
             values = row[: part.numel]
             kernel.run("add_deltas", _span(values), part.base, (), COPY)
-            values += np.float32(self.scale) * survey.delta[part.start : part.start + part.numel]
+            step = np.float32(self.scale) * survey.delta[part.start : part.start + part.numel]
+            np.add(values, step, out=values, where=step != 0)  # where nothing moves, the base's bits
             kernel.run("add_deltas", part.out, _span(values), (), COPY)
         return survey.flags
 
@@ -133,8 +145,13 @@ class MatrixSurvey(Survey):
 
     in_order = True
 
-    def __init__(self, solver: Solver, shape: tuple[int, ...], weights: npt.NDArray[np.float64]) -> None:
-        self._solver, self._shape, self._weights = solver, shape, weights
+    def __init__(
+        self, solver: Solver, shape: tuple[int, ...], weights: npt.NDArray[np.float64], cap: float = math.inf
+    ) -> None:
+        self._solver, self._shape, self._weights, self._cap = solver, shape, weights, cap
+        self._norms: list[float] = []  # of the experts' task vectors, without their weights
+        self.figures: Mapping[str, float] = {}  # the solver's, norm_1 ... of the experts, and displacement: the merged
+        # task vector's norm before scale and cap
         self._expert = 0
         self._values = np.empty(int(np.prod(shape, dtype=np.int64)), np.float32)
         self.flags = np.zeros(len(weights) + 1, np.uint8)
@@ -154,6 +171,7 @@ class MatrixSurvey(Survey):
     def settle(self, partials: Sequence[Any]) -> bool:
         import torch
 
+        self._norms.append(norm(self._values))
         delta = torch.from_numpy(self._values).view(self._shape)
         if self._weights[self._expert] != 1:
             delta *= float(self._weights[self._expert])
@@ -164,7 +182,18 @@ class MatrixSurvey(Survey):
         del delta
         self._values = np.empty(0, np.float32)
         self.delta = self._solver.finish().contiguous().view(-1).numpy()
+        moved, limit = norm(self.delta), self._cap * max(self._norms)
+        norms = {f"norm_{i}": each for i, each in enumerate(self._norms, 1)}
+        self.figures = {**self._solver.figures, **norms, "displacement": moved}
+        if moved > limit:
+            self.delta *= np.float32(limit / moved)
         return True
+
+
+def norm(values: npt.NDArray[np.float32]) -> float:
+    """Euclidean norm, summed in fp64 piece by piece: the same on any number of threads."""
+    pieces = (values[at : at + PIECE] for at in range(0, values.size, PIECE))
+    return math.sqrt(math.fsum(float(np.square(piece, dtype=np.float64).sum()) for piece in pieces))
 
 
 def _span(values: npt.NDArray[np.float32]) -> Span:

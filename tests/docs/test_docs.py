@@ -73,7 +73,8 @@ def sees_and_holds(name: str) -> tuple[str, str]:
     surveyed = made.survey(SHAPE, experts) is not None
     held = made.cost(TILE, experts, "cpu").host * THREADS
     held += made.survey_bytes(SHAPE, experts, THREADS) if surveyed else 0
-    return "tile, after a survey of the tensor" if surveyed else "tile", human(held) if held else "0"
+    sees = "tile, after a survey of the tensor" if surveyed else "tile"
+    return "whole matrices" if made.sees == "tensor" else sees, human(held) if held else "0"
 
 
 def parameter(row: dict) -> str:
@@ -85,7 +86,6 @@ def parameter(row: dict) -> str:
 def methods_table() -> str:
     rows = []
     for row in api.describe_methods():
-        assert row["sees"] == "tile"
         least, most = row["models"]
         models = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
         if row["base_model"] == "needed":

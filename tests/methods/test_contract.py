@@ -9,6 +9,8 @@ import pytest
 from merging import bf16, run, widen
 
 from streammerge import method as methods
+from streammerge.engine.tiles import can_copy
+from streammerge.errors import CheckpointError
 
 NAMES = methods.names()
 DEFAULTS = {"weight": (0.6, 0.4), "density": (0.5, 0.3), "t": 0.3}
@@ -45,10 +47,10 @@ def material(name, shape, dtype="bf16", seed=0):
 def test_worked_examples(name):
     assert examples(name), f"{name} has no worked example"
     for instance, base, experts, wanted in examples(name):
-        for shape in ((-1,), (1, -1)):
+        for shape in ((-1,), (1, -1)) if np.ndim(wanted) < 2 else (np.shape(wanted),):
             root = None if base is None else np.array(base, np.float32).reshape(shape)
             out, _ = run(instance, root, [np.array(e, np.float32).reshape(shape) for e in experts])
-            np.testing.assert_allclose(out.reshape(-1), wanted, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(out.reshape(-1), np.reshape(wanted, -1), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
@@ -106,10 +108,10 @@ def test_inputs_that_are_equal_come_out_to_the_bit(name):
             other[...] = experts[0]
         out, merger = run(instance, base, experts)
         assert np.array_equal(out.view(np.uint8), experts[0].view(np.uint8))
-        assert merger.equal == instance.keeps_equal()
+        assert merger.equal == can_copy(instance)
         different = [e.copy() for e in experts]
         different[-1].reshape(-1)[-1] += 1
-        if instance.keeps_equal() and len(experts) + (base is not None) > 1:
+        if can_copy(instance) and len(experts) + (base is not None) > 1:
             out, merger = run(instance, base, different)
             assert not merger.equal
             assert np.array_equal(out.reshape(-1)[:-1].view(np.uint8), experts[0].reshape(-1)[:-1].view(np.uint8))
@@ -119,6 +121,10 @@ def test_inputs_that_are_equal_come_out_to_the_bit(name):
 def test_nan_is_noticed(name):
     base, experts = material(name, (70, 1000), "f32")
     experts[-1][3, 5] = np.nan
+    if methods.find(name).sees == "tensor":  # no matrix with a NaN can be decomposed
+        with pytest.raises(CheckpointError, match=f"expert {len(experts)} holds a NaN"):
+            run(make(name), base, experts, tile=8192)
+        return
     _, merger = run(make(name), base, experts, tile=8192)
     assert list(merger.flags) == [0] * (len(merger.flags) - 1) + [2]
     experts[-1][3, 5] = -np.inf
@@ -128,6 +134,8 @@ def test_nan_is_noticed(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_declared_cost_is_enough_and_not_twice_too_much(name):
+    if methods.find(name).sees == "tensor":
+        pytest.skip("torch's memory is not traced; the methods' own tests measure it")
     shape, threads = (1500, 4096), 1
     base, experts = material(name, shape)
     instance = make(name)
@@ -150,7 +158,8 @@ def test_declared_cost_is_enough_and_not_twice_too_much(name):
 def test_parameters_survive_the_recipe(name):
     cls = methods.find(name)
     instance = make(name)
-    values = {key: getattr(instance, f"{key}_" if key == "lambda" else key) for key in methods.parameters(cls)}
+    values = {item.name.rstrip("_"): getattr(instance, item.name) for item in dataclasses.fields(cls)}
+    assert list(values) == list(methods.parameters(cls))
     assert methods.build(cls, values) == instance
     assert dataclasses.is_dataclass(cls)
     assert all(param.meaning for param in methods.parameters(cls).values())
