@@ -17,10 +17,10 @@ demo: venv
 	$(BIN)/streammerge demo
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-all: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: venv
 	$(BIN)/ruff format --check .
