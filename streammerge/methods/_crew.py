@@ -2,12 +2,16 @@
 
 Rows are cut into blocks of ROWS whatever the number of threads, and a block is the work of one thread that computes
 alone, with whatever the library would do in one thread. On a GPU all rows are one block.
+
+What a block needs for itself is its thread's room, made once: much of what threads allocate and free in between, the
+C library would keep.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -16,6 +20,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 ROWS = 192  # products of fewer lose a tenth at 4096 columns, of more gain nothing up to 1536
+ROOM = 16  # bytes per element of a block that a thread's room has at least
 
 
 class Crew:
@@ -23,13 +28,13 @@ class Crew:
 
     def __init__(self, device: torch.device) -> None:
         self._threads = torch.get_num_threads()
-        self._whole = device.type != "cpu"
-        shared = self._threads > 1 and not self._whole
+        self._device, self._own = device, threading.local()
+        shared = self._threads > 1 and device.type == "cpu"
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rows") if shared else None
 
     def each(self, work: Callable[[int, int], T], rows: int) -> list[T]:
         """work(first, last) for every block, answers in the order of the blocks."""
-        size = max(1, rows) if self._whole else ROWS
+        size = ROWS if self._device.type == "cpu" else max(1, rows)
         blocks = [(at, min(at + size, rows)) for at in range(0, rows, size)]
         if self._pool is None:
             return [work(*block) for block in blocks]
@@ -47,14 +52,35 @@ class Crew:
         """work() on one core: what a library would split over cores, and round differently for it."""
         return self.each(lambda first, last: work(), 1)[0]
 
+    def room(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """So many matrices, not filled. The next call of this thread gets the same memory."""
+        numel = math.prod(shape)
+        size = count * numel * dtype.itemsize
+        flat: Tensor | None = getattr(self._own, "flat", None)
+        if flat is None or len(flat) < size:
+            self._own.flat = flat = None
+            self._own.flat = flat = torch.empty(max(size, ROOM * numel), dtype=torch.uint8, device=self._device)
+        return tuple(flat[:size].view(dtype).view(count, *shape))
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
+        self._own = threading.local()
 
 
 def norm(crew: Crew, x: Tensor) -> float:
     """The Frobenius norm, summed in fp64."""
-    return math.sqrt(sum(crew.each(lambda a, b: float(x[a:b].double().square().sum()), len(x))))
+
+    def block(a: int, b: int) -> float:
+        (wide,) = crew.room(1, x[a:b].shape, torch.float64)
+        return dot(wide.copy_(x[a:b]), wide)
+
+    return math.sqrt(sum(crew.each(block, len(x))))
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    """Of contiguous matrices."""
+    return float(torch.dot(x.view(-1), y.view(-1)))
 
 
 def symmetric(crew: Crew, x: Tensor, write: Callable[[int, int], Any]) -> Tensor:
@@ -80,3 +106,17 @@ def gram(crew: Crew, out: Tensor, x: Tensor, factor: float = 1.0, onto: float = 
         out[a:b, a:].addmm_(x[:, a:b].T, x[:, a:], beta=onto, alpha=factor)
 
     crew.each(block, len(out))
+
+
+def add_product(crew: Crew, out: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """out += factor left @ right for a block of rows: in fp64, a panel of `right` at a time, and rounded once."""
+    if out.dtype == torch.float64:
+        out.addmm_(left, right, alpha=factor)
+        return
+    rows, columns = max(len(out), ROWS), out.shape[1]
+    total, panel = crew.room(2, (rows, columns), torch.float64)
+    total = total[: len(out)].copy_(out)
+    for at in range(0, len(right), rows):
+        end = min(at + rows, len(right))
+        total.addmm_(left[:, at:end].double(), panel[: end - at].copy_(right[at:end]), alpha=factor)
+    out.copy_(total)

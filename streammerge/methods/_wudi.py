@@ -21,7 +21,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from streammerge.methods._crew import ROWS, Crew, gram, mirror, norm
+from streammerge.methods._crew import ROOM, ROWS, Crew, add_product, dot, gram, mirror, norm
 from streammerge.methods._matrices import Solver
 
 TINY = 1e-12  # a task vector whose squared norm is below is taken out
@@ -72,7 +72,7 @@ class Gram(Solver):
         self._constant += pull * pull * weight * norm(crew, scratch) ** 2
 
         def block(a: int, b: int) -> None:
-            self._target[a:b].add_(exact(left[a:b], right).mul_(weight * pull).to(x.dtype))
+            add_product(crew, self._target[a:b], left[a:b], right, weight * pull)
             if len(self._norms) > 1:
                 self._start[a:b].add_(x[a:b], alpha=pull)
 
@@ -115,36 +115,20 @@ def _short(rows: int, columns: int) -> bool:
 
 
 def bytes_kept(rows: int, columns: int, way: str) -> int:
-    """The peak of a solver: adding up the experts, or going its way; blocks of all threads included."""
-    wide = way in WIDE
-    size = 8 if wide else 4
+    """The peak of a solver: adding up the experts, or going its way; the threads' rooms included."""
+    size = 8 if way in WIDE else 4
     matrix, square = size * rows * columns, size * columns * columns
-    block = min(rows, ROWS) * columns * min(torch.get_num_threads(), -(-max(rows, columns) // ROWS))
     scratch = size * rows * rows if _short(rows, columns) else square
-    adding = (3 if wide else 2) * matrix + square + scratch + 20 * block  # the task vector in fp64; exact
-    squares, blocks = {  # of C's size, and of a block's for each thread
-        "adam": (1, 5),
-        "doubling": (4, 5),
-        "eigen": (4, 5),
-        "inverse": (4, 3),
-        "ridge": (3, 4),
-    }[way]
-    going = 2 * matrix + squares * square + blocks * size * block
-    return int(max(adding, going))
+    adding = 2 * matrix + square + scratch + (matrix if way in WIDE else 0)  # the last: the task vector in fp64
+    going = 2 * matrix + (square if way == "adam" else 4 * square)
+    blocks = min(torch.get_num_threads(), -(-max(rows, columns) // ROWS))
+    return int(max(adding, going) + blocks * max(ROOM, 3 * size) * ROWS * max(rows, columns))
 
 
-def exact(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp64, for fp32 matrices a panel at a time."""
-    total = torch.zeros(len(left), right.shape[1], dtype=torch.float64, device=left.device)
-    for at in range(0, len(right), ROWS):
-        total.addmm_(left[:, at : at + ROWS].double(), right[at : at + ROWS].double())
-    return total
-
-
-def begin(start: Tensor, gram: Tensor, target: Tensor) -> float:
+def begin(crew: Crew, start: Tensor, gram: Tensor, target: Tensor) -> float:
     """Make R of a block of D; the loss of its rows in M_0, up to the constant."""
     loss = -dot(start, target)
-    target.copy_(exact(start, gram).neg_().add_(target))
+    add_product(crew, target, start, gram, -1.0)
     return loss - dot(start, target)
 
 
@@ -155,10 +139,6 @@ def end(start: Tensor, rest: Tensor, moved: Tensor, gradient: Tensor, loss: floa
     return dot(rest, rest), dot(gradient, gradient), dot(moved, moved), loss, change
 
 
-def dot(x: Tensor, y: Tensor) -> float:
-    return float(torch.dot(x.reshape(-1), y.reshape(-1)))
-
-
 def adam(
     crew: Crew, start: Tensor, gram: Tensor, target: Tensor, mean: float, *, iterations: int, lr: float
 ) -> list[Sums]:
@@ -167,8 +147,8 @@ def adam(
 
     def block(a: int, b: int) -> Sums:
         rest = target[a:b]
-        loss = begin(start[a:b], gram, rest)
-        moved, first, second, g = (torch.zeros_like(rest) for _ in range(4))
+        loss = begin(crew, start[a:b], gram, rest)
+        moved, first, second, g = (each.zero_() for each in crew.room(4, rest.shape, rest.dtype))
         step = torch.zeros((), device=rest.device)
         for _ in range(iterations):
             torch.addmm(rest, moved, gram, beta=-2, alpha=2, out=g)

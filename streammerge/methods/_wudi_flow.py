@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streammerge.methods._crew import ROWS, Crew, mirror, norm, symmetric
+from streammerge.methods._crew import Crew, mirror, norm, symmetric
 from streammerge.methods._wudi import Sums, begin, end
 
 REACH = 4.0  # the polynomial serves h times the eigenvalues up to here, doubling does the rest
@@ -36,14 +36,15 @@ def eigen(
     strength: Callable[[Tensor, float], Tensor],
 ) -> list[Sums]:
     """X = R V f V^T with the eigenvectors V of C; f = strength(eigenvalues in rising order, their mean)."""
-    values, vectors = crew.alone(lambda: torch.linalg.eigh(gram))
+    values, vectors = crew.alone(partial(torch.linalg.eigh, gram))
     factors = strength(values, mean)
 
     def block(a: int, b: int) -> Sums:
         rest = target[a:b]
-        loss = begin(start[a:b], gram, rest)
-        moved = ((rest @ vectors) * factors) @ vectors.T
-        return end(start[a:b], rest, moved, torch.addmm(rest, moved, gram, beta=-1), loss)
+        loss = begin(crew, start[a:b], gram, rest)
+        spectrum, moved, gradient = crew.room(3, rest.shape, rest.dtype)
+        torch.mm(torch.mm(rest, vectors, out=spectrum).mul_(factors), vectors.T, out=moved)
+        return end(start[a:b], rest, moved, torch.addmm(rest, moved, gram, beta=-1, out=gradient), loss)
 
     return crew.each(block, len(start))
 
@@ -57,28 +58,28 @@ def flow(values: Tensor, mean: float, *, time: float, keep: float) -> Tensor:
     return factors
 
 
-def inverse(values: Tensor, mean: float, *, ridge: float) -> Tensor:
-    """1 / (lambda + a), for a = 0 of the pseudo-inverse."""
-    if ridge > 0:
-        return 1 / (values.clamp(min=0) + ridge * mean)
+def inverse(values: Tensor, mean: float, *, amount: float) -> Tensor:
+    """1 / (lambda + a), and zero where that is rounding: with a = 0 the pseudo-inverse."""
     least = len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return torch.where(values > least, 1 / values.clamp(min=1e-300), 0.0)
+    values = values + amount * mean
+    return torch.where(values > least, 1 / values, 0.0)
 
 
 def ridge(crew: Crew, start: Tensor, gram: Tensor, target: Tensor, mean: float, *, amount: float) -> list[Sums]:
     """X = R (C + a I)^-1 by Cholesky."""
     shifted = gram.clone()
     shifted.diagonal().add_(amount * mean)
-    factor = crew.alone(lambda: torch.linalg.cholesky_ex(shifted))
-    if factor.info > 0:
-        return eigen(crew, start, gram, target, mean, strength=partial(inverse, ridge=amount))
+    factor = crew.alone(partial(torch.linalg.cholesky, shifted))
     del shifted
+    inverted = crew.alone(partial(torch.cholesky_inverse, factor))
+    del factor
 
     def block(a: int, b: int) -> Sums:
         rest = target[a:b]
-        loss = begin(start[a:b], gram, rest)
-        moved = torch.cholesky_solve(rest.T, factor.L).T.contiguous()
-        return end(start[a:b], rest, moved, torch.addmm(rest, moved, gram, beta=-1), loss)
+        loss = begin(crew, start[a:b], gram, rest)
+        moved, gradient = crew.room(2, rest.shape, rest.dtype)
+        torch.mm(rest, inverted, out=moved)
+        return end(start[a:b], rest, moved, torch.addmm(rest, moved, gram, beta=-1, out=gradient), loss)
 
     return crew.each(block, len(start))
 
@@ -88,8 +89,8 @@ def doubling(crew: Crew, start: Tensor, gram: Tensor, target: Tensor, mean: floa
 
     With P = (1 - exp(-hC)) / hC and F = hC P = 1 - exp(-hC), twice the time has P (2 - F) and F (2 - F).
     """
-    losses = crew.each(lambda a, b: begin(start[a:b], gram, target[a:b]), len(start))
-    row = max(crew.each(lambda a, b: float(gram[a:b].abs().sum(1).max()), len(gram)))
+    losses = crew.each(lambda a, b: (a, begin(crew, start[a:b], gram, target[a:b])), len(start))
+    row = max(crew.each(lambda a, b: float(torch.linalg.vector_norm(gram[a:b], 1, dim=1).max()), len(gram)))
     most = min(norm(crew, gram), row, mean * len(gram))  # each bounds the largest eigenvalue
     doublings = max(0, math.ceil(math.log2(time / mean * most / REACH)))
     h = time / mean / 2**doublings
@@ -101,8 +102,9 @@ def doubling(crew: Crew, start: Tensor, gram: Tensor, target: Tensor, mean: floa
 
     def block(a: int, b: int) -> Sums:
         rest = target[a:b]
-        gradient = torch.addmm(rest, rest, f, beta=-1)
-        return end(start[a:b], rest, (rest @ p).mul_(h), gradient, losses[a // ROWS])
+        moved, gradient = crew.room(2, rest.shape, rest.dtype)
+        torch.mm(rest, p, out=moved).mul_(h)
+        return end(start[a:b], rest, moved, torch.addmm(rest, rest, f, beta=-1, out=gradient), dict(losses)[a])
 
     return crew.each(block, len(start))
 
@@ -111,7 +113,8 @@ def _twice(crew: Crew, p: Tensor, f: Tensor, out: Tensor) -> None:
     """p = p (2 - f), out = f (2 - f)."""
 
     def block(a: int, b: int) -> None:
-        p[a:b, a:].addmm_(p[a:b].clone(), f[:, a:], beta=2, alpha=-1)
+        (rows,) = crew.room(1, p[a:b].shape, p.dtype)
+        p[a:b, a:].addmm_(rows.copy_(p[a:b]), f[:, a:], beta=2, alpha=-1)
         torch.addmm(f[a:b, a:], f[a:b], f[:, a:], beta=2, alpha=-1, out=out[a:b, a:])
 
     symmetric(crew, p, block)
@@ -145,7 +148,11 @@ def _horner(crew: Crew, p: Tensor, power: Tensor | None, y: Tensor, square: Tens
 
     def block(a: int, b: int) -> None:
         out = p[a:b, a:]
-        torch.mul(y[a:b, a:], 0.0, out=out) if power is None else torch.mm(p[a:b].clone(), power[:, a:], out=out)
+        if power is None:
+            out.zero_()
+        else:
+            (rows,) = crew.room(1, p[a:b].shape, p.dtype)
+            torch.mm(rows.copy_(p[a:b]), power[:, a:], out=out)
         out.add_(y[a:b, a:], alpha=terms[1]).add_(square[a:b, a:], alpha=terms[2]).diagonal().add_(terms[0])
 
     symmetric(crew, p, block)

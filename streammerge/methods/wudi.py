@@ -32,6 +32,8 @@ from streammerge.methods._matrices import MatrixMethod, Solver
 if TYPE_CHECKING:
     from streammerge.methods._wudi import Way
 
+SAFE = 1e-6  # a ridge that Cholesky takes from here; below, eigenvalues that are rounding must be told and left out
+
 
 @dataclass(frozen=True)
 class Wudi(MatrixMethod):
@@ -72,7 +74,7 @@ class Wudi(MatrixMethod):
             return "adam"
         if self.solver_ == "spectral":
             return "doubling" if self.keep == 1 else "eigen"
-        return "ridge" if self.ridge > 0 else "inverse"
+        return "ridge" if self.ridge >= SAFE else "inverse"
 
     def solver(self, rows: int, columns: int, experts: int) -> Solver:
         from streammerge.methods import _wudi as sums
@@ -84,7 +86,7 @@ class Wudi(MatrixMethod):
             "doubling": partial(flows.doubling, time=self.time),
             "eigen": partial(flows.eigen, strength=partial(flows.flow, time=self.time, keep=self.keep)),
             "ridge": partial(flows.ridge, amount=self.ridge),
-            "inverse": partial(flows.eigen, strength=partial(flows.inverse, ridge=0.0)),
+            "inverse": partial(flows.eigen, strength=partial(flows.inverse, amount=self.ridge)),
         }
         weights = list(spread(self.weight, experts)) if self.balance == "norms" else None
         return sums.Gram(experts, chosen[way], way in sums.WIDE, weights)

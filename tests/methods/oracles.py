@@ -111,12 +111,23 @@ def philox(counter, key):
     return c
 
 
-def dropped(shape, density, seed, tensor_id, expert):
-    """DARE's mask, element by element."""
+def random_words(shape, seed, tensor_id, expert):
     numel = int(np.prod(shape))
     words = [
         w
         for q in range(-(-numel // 4))
         for w in philox((q & 0xFFFFFFFF, q >> 32, tensor_id, expert), (seed & 0xFFFFFFFF, seed >> 32))
     ]
-    return (np.array(words[:numel]) < round(density * 2**32)).astype(float).reshape(shape)
+    return np.array(words[:numel]).reshape(shape)
+
+
+def dropped(shape, density, seed, tensor_id, expert):
+    """DARE's mask, element by element."""
+    return (random_words(shape, seed, tensor_id, expert) < round(density * 2**32)).astype(float)
+
+
+def dropped_by_rank(delta, density, epsilon, seed, tensor_id, expert):
+    """DELLA's mask."""
+    ranks = np.argsort(np.argsort(np.abs(delta), axis=-1, kind="stable"), axis=-1)
+    chances = density - epsilon + 2 * epsilon * ranks / (delta.shape[-1] - 1)
+    return (random_words(delta.shape, seed, tensor_id, expert) < chances * 2**32).astype(float)

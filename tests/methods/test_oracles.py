@@ -8,6 +8,8 @@ import pytest
 from merging import run
 from test_contract import make, material
 
+from streammerge.errors import RecipeError
+
 SHAPES = [(64, 129), (4097,), (1, 3, 5)]
 
 
@@ -60,6 +62,8 @@ FAMILY = {
     "breadcrumbs_ties": {"elect": True},
     "dare_linear": {"rescale": True},
     "dare_ties": {"elect": True, "rescale": True},
+    "della": {"elect": True, "normalize": True, "rescale": True},
+    "della_linear": {"rescale": True},
 }
 
 
@@ -82,6 +86,12 @@ def test_task_vectors(name, options, shape):
     elif name.startswith("dare"):
         tensor = zlib.crc32(b"tensor")
         masks = [oracles.dropped(shape, p, 77, tensor, k) for k, p in enumerate((0.5, 0.3))]
+    elif name.startswith("della"):
+        tensor = zlib.crc32(b"tensor")
+        masks = [
+            oracles.dropped_by_rank(d, p, 0.15, 77, tensor, k)
+            for k, (d, p) in enumerate(zip(deltas, (0.5, 0.3), strict=True))
+        ]
     else:
         masks = [np.ones(shape)] * 2
     wide = [e.astype(np.float64) for e in experts]
@@ -113,3 +123,21 @@ def test_exact_counts_with_ties_everywhere(name, density):
     else:
         mask = oracles.crumbs(signs, density, 0.01).reshape(-1)
         assert np.array_equal(kept, mask.astype(bool))
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.9, 0.15), (0.1, 0.15), (0.5, 0.5), (0.5, -0.5), (float("nan"), 0)])
+def test_della_refuses_chances_that_are_none(density, epsilon):
+    with pytest.raises(RecipeError, match="epsilon"):
+        make("della", density=(density, 0.5), epsilon=(epsilon, 0.1))
+    make("della", density=(1.0, 0.0), epsilon=(0.3, 0.3))  # nothing is drawn there
+
+
+@pytest.mark.parametrize("shape", [(96, 700), (30011,), (4500, 3, 5), (9000, 1)])
+@pytest.mark.parametrize("options", [{"rescale": False}, {"density": (1.0, 0.3)}, {"epsilon": (0.0, 0.29)}])
+def test_della_keeps_rows_whole(options, shape):
+    base, experts = material("della", shape)
+    instance = make("della", **options)
+    whole, _ = run(instance, base, experts)
+    for tile, threads in ((1, 1), (9000, 2)):
+        cut, _ = run(instance, base, experts, tile=tile, threads=threads, streamed=threads == 2)
+        assert np.array_equal(whole, cut), (tile, threads)
