@@ -277,7 +277,7 @@ def test_beyond_the_reach_of_32_bits(monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"mode": "agree"}, {"scale": NAN}, {"vote": random_votes(9)}, {"mask": torch.empty(3, dtype=torch.uint8)},
+    [{"mode": "agree"}, {"scale": NAN}, {"vote": random_votes(9)}, {"mask": torch.zeros(3, dtype=torch.uint8)},
      {"expert": torch.ones(1)}],
     ids=str,
 )  # fmt: skip
