@@ -39,7 +39,7 @@ def feed(made, data, begin, end, dice, most=100_000):
         size = min(dice.choice([1, 7, PAGE - 1, PAGE, PAGE + 1, dice.randint(1, most)]), end - at)
         slot, _ = made.room(size)
         lead = at % PAGE
-        made._ring.bytes_of(slot, lead, lead + size)[:] = data[at : at + size]
+        made.ring.bytes_of(slot, lead, lead + size)[:] = data[at : at + size]
         made.put(slot, size)
         at += size
 
