@@ -28,6 +28,7 @@ METHODS = {
     "breadcrumbs_ties": {"weight": [0.5, 0.8], "density": 0.6, "gamma": 0.05, "rescale": True},
     "dare_ties": {"weight": [0.5, 0.8], "density": 0.4},
     "dare_linear": {"weight": [0.5, 0.8], "density": 0.4, "rescale": False},
+    "della": {"weight": [0.5, 0.8], "density": 0.4},
 }
 REAL = torch.cuda.is_available()
 
