@@ -1,7 +1,7 @@
 """Threads that share a matrix by blocks of rows: no barriers, and bits that do not depend on their number.
 
-Rows are cut into blocks of ROWS whatever the number of threads, and a block is the work of one thread that computes
-alone, with whatever the library would do in one thread. On a GPU all rows are one block.
+Rows are cut into blocks of ROWS at most, whatever the number of threads, and a block is the work of one thread that
+computes alone, with whatever the library would do in one thread. On a GPU all rows are one block.
 
 What a block needs for itself is its thread's room, made once: much of what threads allocate and free in between, the
 C library would keep.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 ROWS = 192  # products of fewer lose a tenth at 4096 columns, of more gain nothing up to 1536
+STEP = 16  # blocks have multiples of so many rows
 ROOM = 16  # bytes per element of a block that a thread's room has at least
 
 
@@ -34,7 +35,7 @@ class Crew:
 
     def each(self, work: Callable[[int, int], T], rows: int) -> list[T]:
         """work(first, last) for every block, answers in the order of the blocks."""
-        size = ROWS if self._device.type == "cpu" else max(1, rows)
+        size = block_rows(rows) if self._device.type == "cpu" else max(1, rows)
         blocks = [(at, min(at + size, rows)) for at in range(0, rows, size)]
         if self._pool is None:
             return [work(*block) for block in blocks]
@@ -66,6 +67,12 @@ class Crew:
         if self._pool is not None:
             self._pool.shutdown()
         self._own = threading.local()
+
+
+def block_rows(rows: int) -> int:
+    """Rows of a block: about equal ones, at most ROWS."""
+    each = math.ceil(rows / max(1, math.ceil(rows / ROWS)))
+    return max(1, math.ceil(each / STEP)) * STEP
 
 
 def norm(crew: Crew, x: Tensor) -> float:

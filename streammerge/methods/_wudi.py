@@ -44,13 +44,14 @@ class Gram(Solver):
         self._start = torch.empty(0)
 
     def take(self, expert: int, delta: Tensor) -> None:
-        self._crew = crew = self._crew or Crew(delta.device)
-        if not self._norms:
-            self._start = torch.zeros_like(delta)
-        size = norm(crew, delta)
         if self._experts == 1:
             self._start = delta
-        if self._experts == 1 or size * size < TINY:
+            return
+        self._crew = crew = self._crew or Crew(delta.device)
+        size = norm(crew, delta)
+        if not self._norms:
+            self._start = torch.zeros_like(delta)
+        if size * size < TINY:
             return
         self._norms.append(size / abs(self._balanced[expert]) if self._balanced else size)
         pull = self._norms[0] / self._norms[-1] if self._balanced else 1.0
@@ -83,10 +84,10 @@ class Gram(Solver):
             crew.each(lambda a, b: self._gram[a:b, a:].add_(scratch[a:b, a:], alpha=weight), columns)
 
     def finish(self) -> Tensor:
-        assert self._crew is not None
-        if len(self._norms) > 1:
-            self._solve(self._crew)
-        self._crew.close()
+        if self._crew is not None:
+            if len(self._norms) > 1:
+                self._solve(self._crew)
+            self._crew.close()
         return self._start.float()
 
     def _solve(self, crew: Crew) -> None:
