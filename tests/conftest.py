@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def fresh_process(monkeypatch):
+    """Plans count what their process holds: here a new one's share, not what the tests before this one left behind."""
+    from streammerge.budget import MIB, Resident
+
+    monkeypatch.setattr("streammerge.planner.plan.resident", lambda: Resident(96 * MIB, 0, 64 * MIB))

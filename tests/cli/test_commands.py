@@ -12,6 +12,7 @@ import pytest
 from streammerge import cli
 from streammerge.cli import COMMANDS
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
 WHOLE = "model.safetensors"
 W = np.arange(12, dtype=np.float32).reshape(3, 4)
 

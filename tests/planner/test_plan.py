@@ -9,6 +9,7 @@ import streammerge as sm
 from streammerge.errors import BudgetTooSmall
 from streammerge.store.ring import PAGE
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
 MIB = 1 << 20
 ROOM = "1GiB"
 
