@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -129,6 +130,7 @@ class Survey(ABC):
 
     wants_sample: ClassVar[bool] = False
     in_order: ClassVar[bool] = False  # tiles must be looked at one after the other
+    figures: Mapping[str, float] = MappingProxyType({})  # how it went, once settled: for the report
 
     def sample(self, tiles: Sequence[Tile], resident: bool) -> None:
         """Some tiles spread evenly over the tensor: may save rounds, never changes the answer.
@@ -232,6 +234,10 @@ class TensorMethod(TileMethod):
     """
 
     sees = "tensor"
+
+    def solver_name(self, shape: tuple[int, ...], experts: int) -> str:
+        """How a matrix of this shape is solved, for people to read in a plan."""
+        return "whole matrix"
 
 
 def is_vocabulary(name: str) -> bool:

@@ -48,9 +48,9 @@ def note(text: str) -> None:
     console().print(Text.assemble(("note   ", "yellow"), text))
 
 
-def count(number: int, noun: str) -> str:
+def count(number: int, noun: str, many: str = "") -> str:
     """1 shard, 2 shards."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun if number == 1 else many or noun + 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -89,10 +89,19 @@ def plan(made: Any) -> None:
                 f"{count(body['shards'], 'shard')}, {duration(body['seconds'])} at 1 GB/s",
             ),
             ("with", kernels, f"on {body['device']}, {count(made.threads, 'thread')}"),
+            *_solvers(body),
         ]
     )
     for warning in body["warnings"]:
         note(warning)
+
+
+def _solvers(body: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The line on matrices that are seen whole, where there are any."""
+    if not body["solvers"]:
+        return []
+    how = ", ".join(body["solvers"])
+    return [("solve", how, count(sum(body["solvers"].values()), "matrix", "matrices"))]
 
 
 def _vram(body: dict[str, Any], promised: dict[str, Any], how: str) -> list[tuple[str, str, str]]:
@@ -118,11 +127,22 @@ def report(body: dict[str, Any], out: str) -> None:
         ("wrote", human(body["write_bytes"]), f"{count(body['shards'], 'shard')} in {out}"),
         ("took", duration(body["seconds"]), rate),
     ]
-    lines(rows)
+    lines([*rows, *_matrices(body["matrices"])])
     if copied := body["copied_tensors"]:
         note(f"{count(copied, 'tensor')} the same in all inputs, copied")
     for found in body["nonfinite"]:
         note(f"{found['file']}: tensor {found['tensor']!r} holds {found['holds']}")
+
+
+def _matrices(figures: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+    """The line on matrices that were solved: how far the merge moved them, beside what their experts did."""
+    longest = {name: max(each[key] for key in each if key.startswith("norm_")) for name, each in figures.items()}
+    shares = {name: figures[name]["displacement"] / norm for name, norm in longest.items() if norm}
+    if not shares:
+        return []
+    most = max(shares, key=lambda name: shares[name])
+    text = f"{count(len(figures), 'matrix', 'matrices')}, at most {shares[most]:.2f} x its longest task vector: {most}"
+    return [("moved", "", text)]
 
 
 @contextmanager

@@ -66,6 +66,7 @@ def make_report(plan: Plan, findings: Findings, watcher: Watcher, written: int) 
         "extra_rounds": findings.extra_rounds,
         "copied_tensors": len(findings.copied),
         "nonfinite": [{"tensor": t, "file": f, "holds": k} for t, f, k in findings.nonfinite],
+        "matrices": findings.figures,
         "predicted": plan.as_dict(),
         "version": __version__,
     }

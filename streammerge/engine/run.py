@@ -231,9 +231,13 @@ class Run:
             raise CheckpointError(f"{file}: tensor {tensor!r} holds {kind}; mend it, or merge without --strict")
 
     def _close_tensor(self, index: int, equal: bool, sink: Sink) -> None:
-        """Forget a finished tensor's survey; note if it was only copied, all of it by this run."""
-        self._surveys.pop(index, None)
+        """Forget a finished tensor's survey; note its figures, and if it was only copied, all of it by this run."""
+        survey = self._surveys.pop(index, None)
         tensor = self.plan.tensors[index]
+        if survey is not None and survey.figures:
+            told = {"figures": [tensor.job.name, dict(survey.figures)]}
+            self.findings.take(told)
+            sink.note(told)
         if equal and len(tensor.inputs) > 1 and index != self._halfway:
             note = {"copied": tensor.job.name}
             self.findings.take(note)

@@ -11,8 +11,9 @@ Which tensors count as matrices: those with two dimensions, both above 1, withou
 token: `embeddings` says what becomes of them). All others, norms and biases, get the mean of the task vectors, or stay
 the base's (`other`).
 
-Spectral merges can move a matrix further than any of its experts did, which decoders do not bear well. `norm_cap` c
-shortens the displacement of a matrix, |scale delta|, to c max_i |expert_i - base| where it is longer.
+Spectral merges can move a matrix further than any of its experts did, which decoders do not bear well. The report has
+both norms, matrix by matrix; `norm_guard` c shortens the displacement, |merged - base|, to c max_i |expert_i - base|
+where it is longer.
 """
 
 from __future__ import annotations
@@ -70,18 +71,18 @@ class MatrixMethod(TensorMethod):
     weight: PerExpert = param(1.0, "factor on the expert's task vector", per_expert=True, kind=float)
     scale: float = param(1.0, "factor on the merged task vector")
     other: str = param("mean", "vectors and what is no matrix: mean of the task vectors, or base")
-    embeddings: str = param("mean", "embeddings and head: mean, base, or matrix (as any other)")
-    norm_cap: float = param(0.0, "cap on a matrix's displacement, in norms of its longest task vector; 0: none")
+    embeddings: str = param("mean", "embeddings and head: mean, base, or matrix (the method's name also says so)")
+    norm_guard: float = param(0.0, "cap on a matrix's displacement, in norms of its longest task vector; 0: none")
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("other", self.other, ("mean", "base")),
-            ("embeddings", self.embeddings, ("mean", "base", "matrix")),
+            ("embeddings", self.embeddings, ("mean", "base", "matrix", _name(self))),
         ):
             if value not in known:
                 raise RecipeError(f"{name} is {value!r}; one of {', '.join(known)}")
-        if self.norm_cap < 0:
-            raise RecipeError(f"norm_cap is {self.norm_cap}; it must be 0 or more")
+        if self.norm_guard < 0:
+            raise RecipeError(f"norm_guard is {self.norm_guard}; it must be 0 or more")
 
     @abstractmethod
     def solver(self, rows: int, columns: int, experts: int) -> Solver:
@@ -91,9 +92,12 @@ class MatrixMethod(TensorMethod):
     def bytes_kept(self, rows: int, columns: int, experts: int) -> int:
         """What the solver holds at most beside the task vector that it is given, the merged one included."""
 
+    def solver_name(self, shape: tuple[int, ...], experts: int) -> str:
+        return " ".join(dict.fromkeys((_name(self), str(getattr(self, "solver_", _name(self))))))
+
     def for_tensor(self, name: str, shape: tuple[int, ...], experts: int) -> TileMethod:
         what = self.embeddings if is_vocabulary(name) else self.other
-        if len(shape) == 2 and min(shape) > 1 and (not is_vocabulary(name) or what == "matrix"):
+        if len(shape) == 2 and min(shape) > 1 and (not is_vocabulary(name) or what not in ("mean", "base")):
             importlib.import_module("torch")  # now, so that the plan counts what it takes
             return self
         kept = 0.0 if what == "base" else self.scale
@@ -115,8 +119,8 @@ class MatrixMethod(TensorMethod):
     def survey(self, shape: tuple[int, ...], experts: int) -> Survey | None:
         if len(shape) != 2 or min(shape) < 2:
             return None
-        cap = self.norm_cap / abs(self.scale) if self.norm_cap and self.scale else math.inf
-        return MatrixSurvey(self.solver(*shape, experts), shape, spread(self.weight, experts), cap)
+        solver, weights = self.solver(*shape, experts), spread(self.weight, experts)
+        return MatrixSurvey(solver, shape, weights, self.scale, self.norm_guard or math.inf)
 
     def survey_bytes(self, shape: tuple[int, ...], experts: int, threads: int) -> int:
         if len(shape) != 2:
@@ -146,12 +150,17 @@ class MatrixSurvey(Survey):
     in_order = True
 
     def __init__(
-        self, solver: Solver, shape: tuple[int, ...], weights: npt.NDArray[np.float64], cap: float = math.inf
+        self,
+        solver: Solver,
+        shape: tuple[int, ...],
+        weights: npt.NDArray[np.float64],
+        scale: float = 1.0,
+        cap: float = math.inf,
     ) -> None:
-        self._solver, self._shape, self._weights, self._cap = solver, shape, weights, cap
+        self._solver, self._shape, self._weights = solver, shape, weights
+        self._scale, self._cap = abs(scale), cap
         self._norms: list[float] = []  # of the experts' task vectors, without their weights
-        self.figures: Mapping[str, float] = {}  # the solver's, norm_1 ... of the experts, and displacement: the merged
-        # task vector's norm before scale and cap
+        self.figures: Mapping[str, float] = {}  # the solver's, norm_1 ... of the task vectors, displacement of the base
         self._expert = 0
         self._values = np.empty(int(np.prod(shape, dtype=np.int64)), np.float32)
         self.flags = np.zeros(len(weights) + 1, np.uint8)
@@ -182,12 +191,16 @@ class MatrixSurvey(Survey):
         del delta
         self._values = np.empty(0, np.float32)
         self.delta = self._solver.finish().contiguous().view(-1).numpy()
-        moved, limit = norm(self.delta), self._cap * max(self._norms)
-        norms = {f"norm_{i}": each for i, each in enumerate(self._norms, 1)}
-        self.figures = {**self._solver.figures, **norms, "displacement": moved}
+        moved, limit = self._scale * norm(self.delta), self._cap * max(self._norms)
+        norms = {f"norm_{i}": each for i, each in enumerate(self._norms[: len(self.flags) - 1], 1)}
+        self.figures = {**self._solver.figures, **norms, "displacement": min(moved, limit)}
         if moved > limit:
             self.delta *= np.float32(limit / moved)
         return True
+
+
+def _name(method: MatrixMethod) -> str:
+    return type(method).__module__.rpartition(".")[2]
 
 
 def norm(values: npt.NDArray[np.float32]) -> float:

@@ -53,8 +53,8 @@ class IsoCts(MatrixMethod):
         if super().survey(shape, experts) is None:
             return None
         rows, columns = shape
-        cap = self.norm_cap / abs(self.scale) if self.norm_cap and self.scale else math.inf
-        return _Twice(self.solver(rows, columns, experts), shape, spread(self.weight, experts), cap)
+        solver, weights = self.solver(rows, columns, experts), spread(self.weight, experts)
+        return _Twice(solver, shape, weights, self.scale, self.norm_guard or math.inf)
 
     def ranks(self, rows: int, columns: int, experts: int) -> tuple[int, int]:
         """Directions of the sum, and of each expert: the authors' rounding, so that the experts' share is equal."""
@@ -80,8 +80,10 @@ class IsoCts(MatrixMethod):
 class _Twice(MatrixSurvey):
     """Every task vector twice, in order."""
 
-    def __init__(self, solver: Solver, shape: tuple[int, ...], weights: npt.NDArray[np.float64], cap: float) -> None:
-        super().__init__(solver, shape, np.tile(weights, 2), cap)
+    def __init__(
+        self, solver: Solver, shape: tuple[int, ...], weights: npt.NDArray[np.float64], scale: float, cap: float
+    ) -> None:
+        super().__init__(solver, shape, np.tile(weights, 2), scale, cap)
         self.flags = self.flags[: len(weights) + 1]
 
 

@@ -34,7 +34,7 @@ from streammerge.methods.task_arithmetic import TaskArithmetic
 if TYPE_CHECKING:
     from torch import Tensor
 
-OURS = ("weight", "other", "embeddings", "norm_cap")  # parameters that are svc's, not those of what it works on
+OURS = ("weight", "other", "embeddings", "norm_guard")  # parameters that are svc's, not those of what it works on
 TRUTH = {"true": True, "false": False}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,6 +70,17 @@ class Plan:
     stamp: str = ""  # of the input files as they are now; unlike the digest, another copy of them has another
 
     @property
+    def solvers(self) -> dict[str, int]:
+        """How matrices are solved that a method must see whole, and how many of them."""
+        return dict(
+            Counter(
+                tensor.method.solver_name(tensor.job.shape, len(tensor.job.experts))
+                for tensor in self.tensors
+                if isinstance(tensor.method, TensorMethod)
+            )
+        )
+
+    @property
     def unfinished(self) -> str:
         """Names this work in a journal: the digest, on just these files."""
         return f"{self.digest}-{self.stamp}"
@@ -102,6 +114,7 @@ class Plan:
             "digest": self.digest,
             "seed": self.seed,
             "kernels": self.kernels,
+            "solvers": self.solvers,
             "warnings": list(self.warnings),
         }
 

@@ -121,11 +121,11 @@ def test_iso_cts_reads_every_expert_twice():
         run(method, base, models)
 
 
-def test_norm_cap_holds_for_two_passes_too():
+def test_norm_guard_holds_for_two_passes_too():
     taus = experts(24, 36, 3)
     longest = max(np.linalg.norm(tau) for tau in taus)
     for method in (IsoCts, IsoC):
-        assert np.linalg.norm(merged(method(norm_cap=0.5, scale=3.0), taus)) == pytest.approx(0.5 * longest, rel=1e-5)
+        assert np.linalg.norm(merged(method(norm_guard=0.5, scale=3.0), taus)) == pytest.approx(0.5 * longest, rel=1e-5)
 
 
 def test_fractions_outside_are_refused():

@@ -128,18 +128,18 @@ def test_cart_refuses_shares_outside_one(rho):
 
 @pytest.mark.parametrize("cap", [0.0, 0.5, 1.0, 100.0])
 @pytest.mark.parametrize("scale", [1.0, -3.0])
-def test_norm_cap(cap, scale):
+def test_norm_guard(cap, scale):
     base, experts = material((24, 40))
     free = moved("cart", base, experts, scale=scale)
-    mine = moved("cart", base, experts, scale=scale, norm_cap=cap)
+    mine = moved("cart", base, experts, scale=scale, norm_guard=cap)
     limit = cap * max(np.linalg.norm(t) for t in wide(base, experts)) if cap else np.inf
     wanted = free * min(1, limit / np.linalg.norm(free))
     close(mine, wanted, base)
 
 
-def test_norm_cap_counts_task_vectors_without_their_weights():
+def test_norm_guard_counts_task_vectors_without_their_weights():
     base, experts = material((24, 40), 1)
-    mine = moved("cart", base, experts, weight=(5.0,), norm_cap=1.0)
+    mine = moved("cart", base, experts, weight=(5.0,), norm_guard=1.0)
     close(mine, wide(base, experts)[0], base)
 
 
@@ -148,16 +148,18 @@ def test_figures_tell_displacement_and_norms(monkeypatch):
     seen = []
     monkeypatch.setattr(MatrixMethod, "merge", lambda self, tile, survey: seen.append(survey) or survey.flags)
     for cap in (0.0, 0.1):
-        run(build("cart", norm_cap=cap, scale=2.0), base, experts)
+        run(build("cart", norm_guard=cap, scale=2.0), base, experts)
         found = seen.pop().figures
         for i, tau in enumerate(wide(base, experts), 1):
             assert found[f"norm_{i}"] == pytest.approx(np.linalg.norm(tau))
-        assert found["displacement"] == pytest.approx(np.linalg.norm(cart(wide(base, experts), 0.08)), rel=1e-5)
+        moved = 2 * np.linalg.norm(cart(wide(base, experts), 0.08))
+        limit = cap * max(np.linalg.norm(tau) for tau in wide(base, experts)) if cap else np.inf
+        assert found["displacement"] == pytest.approx(min(moved, limit), rel=1e-5)
 
 
-def test_norm_cap_must_not_be_negative():
-    with pytest.raises(RecipeError, match="norm_cap"):
-        build("cart", norm_cap=-1.0)
+def test_norm_guard_must_not_be_negative():
+    with pytest.raises(RecipeError, match="norm_guard"):
+        build("cart", norm_guard=-1.0)
 
 
 # --- pcb ---
@@ -339,7 +341,7 @@ def test_shares_outside_one_are_refused(name, key):
 RECIPES = {
     "emr": {"lambda": 0.5},
     "consensus_ta": {"threshold": [0.3, 0.4, 0.5]},
-    "cart": {"rho": 0.2, "norm_cap": 0.7},
+    "cart": {"rho": 0.2, "norm_guard": 0.7},
     "pcb": {"other": "base"},
     "ace": {"embeddings": "matrix"},
     "knots": {"density": [0.2, 0.3, 0.4]},
