@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from streammerge.api import diff, inspect, merge, merge_state_dicts, plan, stream, verify
+    from streammerge.api import diff, inspect, merge, merge_state_dicts, plan, report, stream, verify
     from streammerge.errors import (
         BudgetTooSmall,
         CheckpointError,
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    **dict.fromkeys(("diff", "inspect", "merge", "merge_state_dicts", "plan", "stream", "verify"), "streammerge.api"),
+    **dict.fromkeys(
+        ("diff", "inspect", "merge", "merge_state_dicts", "plan", "report", "stream", "verify"), "streammerge.api"
+    ),
     **dict.fromkeys(
         (
             "BudgetTooSmall",
@@ -58,6 +60,7 @@ __all__ = [
     "merge",
     "merge_state_dicts",
     "plan",
+    "report",
     "stream",
     "verify",
 ]

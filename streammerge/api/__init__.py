@@ -2,6 +2,7 @@
 
 from streammerge.api.looking import demo, describe_methods, diff, inspect, verify
 from streammerge.api.merging import Token, check_out, merge
+from streammerge.api.page import report
 from streammerge.api.planning import RecipeLike, plan
 from streammerge.api.streaming import merge_state_dicts, stream
 
@@ -16,6 +17,7 @@ __all__ = [
     "merge",
     "merge_state_dicts",
     "plan",
+    "report",
     "stream",
     "verify",
 ]

@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "looking",
     "diff": "looking",
     "verify": "looking",
+    "report": "looking",
     "methods": "looking",
     "demo": "looking",
 }

@@ -1,4 +1,4 @@
-"""`inspect`, `diff`, `verify`, `methods` and `demo`."""
+"""`inspect`, `diff`, `verify`, `report`, `methods` and `demo`."""
 
 from __future__ import annotations
 
@@ -84,6 +84,17 @@ def verify(ctx: click.Context, out: str, as_json: bool, debug: bool) -> None:
     for name in body["bad"]:
         click.secho(f"streammerge: {out}: shard {name} is missing or differs from its manifest; merge again", err=True)
     ctx.exit(2 if body["bad"] else 0)
+
+
+@click.command()
+@click.argument("out")
+@click.option("--to", type=click.Path(), help="The page to write. Default: OUT/report.html.")
+@_json
+@_debug
+def report(out: str, to: str | None, as_json: bool, debug: bool) -> None:
+    """Write an HTML page with plots of the merge that made OUT: promised against measured."""
+    path = api.report(out, to)
+    click.echo(json.dumps({"page": str(path)}) if as_json else str(path))
 
 
 @click.command()
