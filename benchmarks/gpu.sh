@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under nine minutes: first whether every kernel and the pipeline are right,
-# then how fast kernels are, then merges under a small budget. Nothing is installed. Results go to $OUT.
+# Everything that needs a GPU, in one call of under nine minutes: first whether every kernel, the pipeline and the matrix
+# solvers are right, then how fast kernels are, then solvers, then merges under a small budget. Nothing is installed.
+# Results go to $OUT.
 #
-#     OUT=DIR bash benchmarks/gpu.sh          (default: benchmarks/results)
+#     OUT=DIR bash benchmarks/gpu.sh                   (default: benchmarks/results)
+#     bash benchmarks/gpu.sh solvers_right solvers     these parts alone
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results}
@@ -12,10 +14,12 @@ mkdir -p "$OUT"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 failed=0
+chosen=" $* "
 
 part() { # seconds, name, command...
     local limit=$1 name=$2
     shift 2
+    [ "$chosen" = "  " ] || [[ $chosen = *" $name "* ]] || return 0
     echo "== $name"
     timeout "$limit" "$@" 2>&1 | tee "$OUT/gpu_$name.txt"
     local code=${PIPESTATUS[0]}
@@ -23,7 +27,10 @@ part() { # seconds, name, command...
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
-part 150 tests "$PYTHON" -m pytest -q -p no:cacheprovider -x --maxfail=10 tests/kernels tests/engine/test_gpu.py
-part 170 kernels "$PYTHON" benchmarks/kernels.py --json "$OUT/gpu_kernels.json"
-part 200 merges "$PYTHON" benchmarks/gpu_merge.py --dir "$WORK" --json "$OUT/gpu_merge.json" --seconds 150
+part 115 tests "$PYTHON" -m pytest -q -p no:cacheprovider -x --maxfail=10 tests/kernels tests/engine/test_gpu.py \
+    tests/engine/test_gpu_matrices.py --ignore tests/kernels/test_matrix_benchmark.py
+part 60 solvers_right "$PYTHON" benchmarks/matrix.py --device cuda --check
+part 130 kernels "$PYTHON" benchmarks/kernels.py --json "$OUT/gpu_kernels.json" --seconds 105
+part 130 solvers "$PYTHON" benchmarks/matrix.py --device cuda --json "$OUT/gpu_matrix.json" --seconds 120
+part 100 merges "$PYTHON" benchmarks/gpu_merge.py --dir "$WORK" --json "$OUT/gpu_merge.json" --seconds 65
 exit $failed

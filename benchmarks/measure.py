@@ -75,8 +75,8 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _memory(pid: int) -> tuple[int, int]:
-    """RssAnon + RssShmem, and VmHWM."""
+def memory(pid: int) -> tuple[int, int]:
+    """RssAnon + RssShmem of a process, and VmHWM."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -106,7 +106,7 @@ def run(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Us
                 looks += 1
                 if looks % RELIST == 0:
                     tree = descendants(child.pid)
-                seen = [_memory(pid) for pid in tree]
+                seen = [memory(pid) for pid in tree]
                 demand = max(demand, sum(now for now, _ in seen))
                 resident = max(resident, *(high for _, high in seen))
             wall = time.perf_counter() - began
