@@ -130,6 +130,13 @@ def deltas(experts: int, dtype: str, extra: str, source: Source) -> Case:
     return Case([(out, base, others, coefs)], formulas.add_deltas, [(out, base, others, chosen)])
 
 
+def applied(source: Source) -> Case:
+    """A merged task vector in fp32 on a base in BF16."""
+    base, delta = source.normal(dtype="BF16"), source.normal()
+    out = poison(base)
+    return Case([(out, base, delta, 0.7)], formulas.apply_delta, [(out, base, delta, 0.7)])
+
+
 def deltas_by_row(experts: int, source: Source) -> Case:
     rows = source.whole_rows(COLUMNS)
     out, base, others = source.models(experts, numel=rows * COLUMNS)

@@ -28,6 +28,10 @@ def add_deltas(out: Tensor, base: Tensor, experts: list[Tensor], weights: list[f
     return out.copy_(merged(base, experts, weights))
 
 
+def apply_delta(out: Tensor, base: Tensor, delta: Tensor, scale: float) -> Tensor:
+    return out.copy_(torch.add(base, delta, alpha=scale))
+
+
 def add_deltas_by_row(out: Tensor, base: Tensor, experts: list[Tensor], table: Tensor) -> Tensor:
     """table [rows, experts]."""
     b = total = base.float().view(len(table), -1)

@@ -43,6 +43,7 @@ def _merges() -> Iterator[Row]:
         ("K=2, 512 small tensors", partial(cases.bundle, 2)),
     ):
         yield Row(f"add_deltas {what}", "add_deltas", make)
+    yield Row("apply_delta BF16", "apply_delta", cases.applied, ("copy",))
     for name, how in (("TIES", "trim"), ("DARE", "drop")):
         for count in range(1, 5):
             yield by_count("sign_elect", f"{name} K", count, partial(elect, count, how))

@@ -14,7 +14,8 @@ another once that one's receipt was waited for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -50,6 +51,9 @@ class Stream(Protocol):
     def after(self, event: Any) -> None:
         """Hold back further work until another stream's event."""
 
+    def current(self) -> AbstractContextManager[None]:
+        """What torch does within the block goes onto this stream, in turn with what is launched there."""
+
 
 class CudaStream:
     """A stream of a GPU."""
@@ -73,6 +77,11 @@ class CudaStream:
 
     def after(self, event: CudaEvent) -> None:
         self._stream.wait_event(event.event)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
 
 
 class CudaEvent(NamedTuple):
@@ -99,6 +108,10 @@ class PlainStream:
 
     def after(self, event: Any) -> None:
         """Nothing is ever late."""
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        yield
 
     def wait(self) -> None:
         """Nothing is ever late."""
@@ -146,6 +159,7 @@ class Queue:
         self._mirrors: dict[int, tuple[Array, torch.Tensor]] = {}
         self._mirrored = 0
         self._bundles: dict[Any, tuple[Callable[..., None], list[Any]]] = {}
+        self._direct = False  # whether bundles are launched at once
         self._memory = memory
         self._used = 0  # bytes of the batch's work memory, and of its results
         self._results = 0
@@ -167,6 +181,10 @@ class Queue:
             torch.cuda.synchronize(place)
         return cls(stream, _bytes(state, place), memory)
 
+    @property
+    def device(self) -> torch.device:
+        return self._state.device
+
     # --- for kernels ---
 
     def submit(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -175,8 +193,19 @@ class Queue:
             self.stream.run(lambda: kernel[grid](*args, **OPTIONS, **options))
 
     def run(self, work: Callable[[], Any]) -> None:
-        """Run torch operations on the queue's stream."""
+        """Run torch operations on the queue's stream, sooner or later."""
         self.stream.run(work)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Torch's operations go onto the queue's stream within the block, in turn with launches: none is put off."""
+        self.flush()
+        self._direct = True
+        try:
+            with self.stream.current():
+                yield
+        finally:
+            self._direct = False
 
     def constant(self, array: Array) -> int:
         """The device address of a copy of a small array, for kernels of this batch to read."""
@@ -236,13 +265,16 @@ class Queue:
 
     def bundle(self, key: Any, launch: Callable[[Queue, list[Any]], None], item: Any) -> None:
         """Keep a small piece of work until the batch ends; all that share a key are launched at once."""
-        self._bundles.setdefault(key, (launch, []))[1].append(item)
+        if self._direct:
+            launch(self, [item])
+        else:
+            self._bundles.setdefault(key, (launch, []))[1].append(item)
 
     # --- for whoever drives the queue ---
 
-    def begin(self, memory: Memory) -> None:
-        """Start a batch in memory that no unfinished batch uses."""
-        self._memory = memory
+    def begin(self, memory: Memory | None = None) -> None:
+        """Start a batch in memory that no unfinished batch uses; by default that of the last one."""
+        self._memory = memory or self._memory
         self._used = self._results = 0
         self._fills = []
 

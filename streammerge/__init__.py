@@ -5,6 +5,7 @@
     report = sm.merge("recipe.yml", "out", ram="4GiB", progress=callback, cancel=token)
     for name, tensor in sm.stream("recipe.yml", ram="4GiB"): ...
     merged = sm.merge_state_dicts([sd_a, sd_b], base=sd_0, method="ties", parameters={"density": 0.5})
+    report = sm.gradfix(sm.Stack.of(build, shapes, batches[0]), batches, loss, target="b", ...)
 
 Nothing here is global, patched or seeded; torch is imported only where tensors are handed out.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from streammerge.api import diff, inspect, merge, merge_state_dicts, plan, report, stream, verify
+    from streammerge.api import diff, gradfix, inspect, merge, merge_state_dicts, plan, report, stream, verify
     from streammerge.errors import (
         BudgetTooSmall,
         CheckpointError,
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
         RecipeError,
         StreamMergeError,
     )
+    from streammerge.models.stack import Stack
 
 _HOMES = {
+    "Stack": "streammerge.models.stack",
     **dict.fromkeys(
-        ("diff", "inspect", "merge", "merge_state_dicts", "plan", "report", "stream", "verify"), "streammerge.api"
+        ("diff", "gradfix", "inspect", "merge", "merge_state_dicts", "plan", "report", "stream", "verify"),
+        "streammerge.api",
     ),
     **dict.fromkeys(
         (
@@ -53,9 +57,11 @@ __all__ = [
     "MachineError",
     "OutputExists",
     "RecipeError",
+    "Stack",
     "StreamMergeError",
     "__version__",
     "diff",
+    "gradfix",
     "inspect",
     "merge",
     "merge_state_dicts",

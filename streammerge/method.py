@@ -6,6 +6,7 @@ recipe. Its fields are its parameters. The engine gets an instance and cannot te
     tile method     sees the same contiguous slice of one tensor in every input; no tile size changes a bit
     tensor method   must see a whole matrix
     layer method    runs on a network, one layer resident at a time
+    post            works on another method's merge: a file in streammerge/methods/post, `post` in a recipe
 
 What a whole tensor must say before a tile can be merged (a trim threshold, a norm, an angle) is a `Survey`: the
 engine shows it every tile, settles it, and hands it to `merge`. If the tensor's inputs fit the budget all of this
@@ -29,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from streammerge.errors import RecipeError
-from streammerge.formats.dtypes import DTYPES
+from streammerge.formats.dtypes import SIGNS as SIGNS
+from streammerge.formats.dtypes import bits_of
 from streammerge.kernels.numerics import Span
 
 Flags: TypeAlias = npt.NDArray[np.uint8]  # one per input, base first: 0 finite, 1 holds an infinity, 2 holds a NaN
@@ -60,14 +62,22 @@ class Param:
     meaning: str
     per_expert: bool
     kind: type
+    several: bool = False  # a list in a recipe is a list of values, and no gradient over depth
 
 
-def param(default: Any = REQUIRED, meaning: str = "", *, per_expert: bool = False, kind: type | None = None) -> Any:
+def param(
+    default: Any = REQUIRED,
+    meaning: str = "",
+    *,
+    per_expert: bool = False,
+    kind: type | None = None,
+    several: bool = False,
+) -> Any:
     """A dataclass field that is a recipe parameter. Per-expert parameters are tuples, one value per expert."""
     if default is MISSING:
-        required = {"meaning": meaning, "per_expert": per_expert, "kind": kind or float}
+        required = {"meaning": meaning, "per_expert": per_expert, "kind": kind or float, "several": several}
         return field(metadata=required, kw_only=True)
-    data = {"meaning": meaning, "per_expert": per_expert, "kind": kind or type(default)}
+    data = {"meaning": meaning, "per_expert": per_expert, "kind": kind or type(default), "several": several}
     return field(default=default, metadata=data, kw_only=True)
 
 
@@ -118,7 +128,7 @@ class Tile:
 
 
 def _cut(span: Span, first: int, last: int) -> Span:
-    return Span(span.address + first * (DTYPES[span.dtype].bits // 8), span.dtype, last - first, span.queue)
+    return Span(span.address + first * bits_of(span.dtype) // 8, span.dtype, last - first, span.queue)
 
 
 class Survey(ABC):
@@ -128,9 +138,10 @@ class Survey(ABC):
     and `settle` over the partial answers in tile order until `settle` is content, and hands the survey to `merge`.
     """
 
-    wants_sample: ClassVar[bool] = False
-    in_order: ClassVar[bool] = False  # tiles must be looked at one after the other
+    wants_sample: bool = False
+    in_order: bool = False  # tiles must be looked at one after the other
     figures: Mapping[str, float] = MappingProxyType({})  # how it went, once settled: for the report
+    section: str = "matrices"  # of the report, where the figures go
 
     def sample(self, tiles: Sequence[Tile], resident: bool) -> None:
         """Some tiles spread evenly over the tensor: may save rounds, never changes the answer.
@@ -149,6 +160,9 @@ class Survey(ABC):
     @abstractmethod
     def settle(self, partials: Sequence[Any]) -> bool:
         """Take in one round's partial answers, in tile order. False asks for another round."""
+
+    def release(self) -> None:  # noqa: B027  # most hold little
+        """Let go of what `merge` needed; the figures stay."""
 
     def first_ranks(self) -> npt.NDArray[np.int64] | None:
         """Ranks at the tensor's start, if `merge` needs `tile.ranks`; it must then move them to the tile's end."""
@@ -174,6 +188,21 @@ class Method(ABC):
     max_experts: ClassVar[int | None] = None
     kernels: ClassVar[tuple[str, ...]] = ()  # what it computes with at most
     keys: ClassVar[tuple[str, ...]] = ()  # further top-level recipe keys that belong to this method
+    beside: ClassVar[tuple[str, ...]] = ()  # those of them that name a model, an input of every tensor
+
+    @classmethod
+    def read_keys(cls, given: Mapping[str, Any], models: int, where: str) -> dict[str, Any]:
+        """What the recipe says under `keys`, checked; `models` are those listed, `where` starts a message.
+
+        Raises:
+            RecipeError: a key is missing or has a wrong value.
+        """
+        return dict(given)
+
+    @classmethod
+    def takes_base(cls) -> bool:
+        """Whether a base model stands beside the experts, where there is one."""
+        return cls.needs_base or not cls.base_is_expert
 
 
 class TileMethod(Method):
@@ -189,6 +218,10 @@ class TileMethod(Method):
         """The kernels that this instance computes with."""
         return self.kernels
 
+    def refusal(self, device: str) -> str:
+        """Why this instance does not run on a device, and the way out, behind the method's name; empty if it does."""
+        return ""
+
     def cost(self, numel: int, experts: int, device: str) -> Cost:
         """Bytes beyond inputs and output while one tile of `numel` elements is surveyed or merged."""
         return Cost()
@@ -203,6 +236,10 @@ class TileMethod(Method):
 
     def survey(self, shape: tuple[int, ...], experts: int) -> Survey | None:
         """A fresh survey of one tensor, or None if tiles can be merged as they come."""
+        return None
+
+    def tally(self, shape: tuple[int, ...]) -> Survey | None:
+        """What a tensor's merge counts into, given as its survey where it has none; figures once it is merged."""
         return None
 
     def rounds(self, experts: int) -> int:
@@ -239,6 +276,33 @@ class TensorMethod(TileMethod):
         """How a matrix of this shape is solved, for people to read in a plan."""
         return "whole matrix"
 
+    def solver_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """Bytes that torch takes of a GPU for one matrix, until it is merged: there they are not `survey_bytes`."""
+        return self.survey_bytes(shape, experts, 1)
+
+
+@dataclass(frozen=True)
+class Post(TensorMethod):
+    """What is done to another method's merge; the base model is needed, and is none of the experts.
+
+    `of` is that method with its own parameters; the fields beside it are the parameters under `post` in a recipe.
+    """
+
+    of: TileMethod
+
+
+class LayerMethod(Method):
+    """A method that runs on the network itself, layer by layer, before its tensors are merged.
+
+    Its parameters are the recipe's `parameters` and what `read_keys` gives.
+    """
+
+    sees = "layer"
+
+    @abstractmethod
+    def for_tensor(self, name: str, shape: tuple[int, ...], experts: int) -> TileMethod:
+        """What merges a tensor once the layers were seen."""
+
 
 def is_vocabulary(name: str) -> bool:
     """Whether the tensor has one row per token, by its name."""
@@ -259,9 +323,11 @@ def parameters(cls: type[Method]) -> dict[str, Param]:
     """The recipe parameters of a method by their names in a recipe (`lambda_` is `lambda`)."""
     found = {}
     for item in fields(cls):  # type: ignore[arg-type]  # every method is a dataclass
+        if not item.metadata:  # what a recipe does not name
+            continue
         name = item.name.rstrip("_")
         meta = item.metadata
-        found[name] = Param(name, item.default, meta["meaning"], meta["per_expert"], meta["kind"])
+        found[name] = Param(name, item.default, meta["meaning"], meta["per_expert"], meta["kind"], meta["several"])
     return found
 
 
@@ -271,11 +337,24 @@ def build(cls: type[Method], values: Mapping[str, Any]) -> Method:
     return cls(**{spelled[name]: value for name, value in values.items()})
 
 
+def beside_base(cls: type[Method]) -> type[Method]:
+    """A method as a post-processing needs it: with a base model, which is none of the experts."""
+    return type(cls.__name__, (cls,), {"needs_base": True, "base_is_expert": False})
+
+
 def names() -> list[str]:
     """Every method that a recipe can name: files in streammerge/methods, then entry points of other packages."""
-    package = importlib.import_module("streammerge.methods")
-    own = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
-    return sorted(own) + sorted(point.name for point in entry_points(group="streammerge.methods"))
+    return _files("methods") + sorted(point.name for point in entry_points(group="streammerge.methods"))
+
+
+def posts() -> list[str]:
+    """Every post-processing that a recipe can name: files in streammerge/methods/post."""
+    return _files("methods.post")
+
+
+def _files(package: str) -> list[str]:
+    found = pkgutil.iter_modules(importlib.import_module(f"streammerge.{package}").__path__)
+    return sorted(module.name for module in found if not module.name.startswith("_") and not module.ispkg)
 
 
 def find(name: str) -> type[Method]:
@@ -284,19 +363,38 @@ def find(name: str) -> type[Method]:
     Raises:
         RecipeError: there is no such method; the message names the nearest.
     """
+    if name in posts():
+        raise RecipeError(f"{name} is done to another method's merge; write 'post: {name}' beside its merge_method")
     known = names()
     if name not in known:
-        near = get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise RecipeError(f"unknown merge_method {name!r}; {hint}")
+        raise RecipeError(f"unknown merge_method {name!r}; {_hint(name, known)}")
     for point in entry_points(group="streammerge.methods"):
         if point.name == name:
             loaded: type[Method] = point.load()
             return loaded
-    module = importlib.import_module(f"streammerge.methods.{name}")
+    return _defined(f"streammerge.methods.{name}")
+
+
+def find_post(name: str) -> type[Method]:
+    """The one class that streammerge/methods/post/<name>.py defines.
+
+    Raises:
+        RecipeError: there is no such post-processing; the message names the nearest.
+    """
+    if name not in posts():
+        raise RecipeError(f"unknown post-processing {name!r}; {_hint(name, posts())}")
+    return _defined(f"streammerge.methods.post.{name}")
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _defined(module: str) -> type[Method]:
     (found,) = (
         item
-        for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module.__name__
+        for item in vars(importlib.import_module(module)).values()
+        if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module
     )
     return found

@@ -167,6 +167,7 @@ def host(
     bins = len(counts) - 2
     second = np.zeros(bins if bins <= SMALL else 0, np.int64)
     ends = np.empty((0, 2), np.uint32) if ends is None else ends
+    guess = guess if low <= guess < low + (bins << shift) else -1  # one outside has no bracket to be counted in
     _histogram(table(base, expert), low, shift, base.numel, counts, ends, second, guess)
 
 

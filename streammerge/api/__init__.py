@@ -1,5 +1,6 @@
 """The library's verbs: merge = plan, run, report; the same without files, and what only looks."""
 
+from streammerge.api.layers import gradfix
 from streammerge.api.looking import demo, describe_methods, diff, inspect, verify
 from streammerge.api.merging import Token, check_out, merge
 from streammerge.api.page import report
@@ -13,6 +14,7 @@ __all__ = [
     "demo",
     "describe_methods",
     "diff",
+    "gradfix",
     "inspect",
     "merge",
     "merge_state_dicts",

@@ -79,13 +79,15 @@ def demo(folder: str | Path, *, ram: str = "512MiB", fresh: bool = False, quiet:
 
 
 def describe_methods(name: str | None = None) -> list[dict[str, Any]]:
-    """Every method, or one: what it does, its source, what it must see, its parameters."""
+    """Every method and post-processing, or one: what it does, its source, what it must see, its parameters."""
     rows = []
-    for each in [name] if name else methods.names():
-        cls = methods.find(each)
+    posts = methods.posts()
+    for each in [name] if name else sorted([*methods.names(), *posts]):
+        cls = methods.find_post(each) if each in posts else methods.find(each)
         rows.append(
             {
                 "name": each,
+                "post": each in posts,
                 "summary": cls.summary,
                 "source": cls.source,
                 "sees": cls.sees,

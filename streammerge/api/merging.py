@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from streammerge.api.planning import RecipeLike, plan
 from streammerge.budget import Budget
-from streammerge.engine.findings import Progress
+from streammerge.engine.findings import Findings, Progress
+from streammerge.engine.layer_run import LayerRun, check_votes_path
 from streammerge.engine.report import Watcher, make_report
-from streammerge.engine.run import Run, open_run
+from streammerge.engine.run import open_run
 from streammerge.engine.sinks import FileSink
+from streammerge.engine.sweeping import VOTES, LayerPlan
 from streammerge.errors import CheckpointError, Interrupted, OutputExists, RecipeError
 from streammerge.planner.plan import Plan, describe_inputs
 from streammerge.store import journal
 from streammerge.store.publish import into_place, machine
 from streammerge.store.reader import Mode
 from streammerge.store.ring import Closed, Ring
+from streammerge.store.scatter import ScatterWriter
 from streammerge.store.writer import MANIFEST, Writer
 
 
@@ -72,20 +76,13 @@ def merge(
                 into_place(partial, target, overwrite)  # killed between the last sync and the rename
             return dict(json.loads((target / MANIFEST).read_bytes())["report"])
         _check_partial(partial, made, resume)
-        budget = Budget(made.ram_budget_bytes, made.held_bytes)
-        run = open_run(made, budget, reader=reader, strict=strict, progress=progress, cancelled=asks(cancel))
-        ring = Ring(budget, made.out_bytes, "the ring of results")
-        writer: Writer | None = None
-        try:
-            writer = Writer(target, made.layout.shards, made.unfinished, ring)
-            _work(run, writer, strict, cancel)
-        finally:
-            ring.stop()
-            run.close()
-            if writer is not None:
-                writer.close()
-            ring.close()
-    report = make_report(made, run.findings, watcher, writer.bytes_written)
+        settings = {"reader": reader, "strict": strict, "progress": progress, "cancelled": asks(cancel)}
+        findings, writer = (
+            _sweep(made, target, overwrite, cancel, settings)
+            if isinstance(made, LayerPlan)
+            else _merge(made, target, cancel, settings)
+        )
+    report = make_report(made, findings, watcher, writer.bytes_written)
     files, copies = _side_files(made)
     manifest = {
         "recipe": made.recipe.canonical(),
@@ -132,13 +129,55 @@ def _check_apart(target: Path, made: Plan) -> None:
                 raise RecipeError(f"{target}: the input {checkpoint.path} lies there; choose another folder")
 
 
-def _work(run: Run, writer: Writer, strict: bool, cancel: Token | None) -> None:
-    """Drive the run; on any way out, what is durable is in the journal."""
-    sink = FileSink(run.plan, writer)
+def _merge(made: Plan, target: Path, cancel: Token | None, options: dict[str, Any]) -> tuple[Findings, Writer]:
+    """Tiles in the order of the output."""
+    budget = Budget(made.ram_budget_bytes, made.held_bytes)
+    run = open_run(made, budget, **options)
+    ring = Ring(budget, made.out_bytes, "the ring of results")
+    writer: Writer | None = None
     try:
-        for _ in run.results(sink):
-            pass
-        sink.finish()
+        writer = Writer(target, made.layout.shards, made.unfinished, ring)
+        with _kept(writer, options["strict"], cancel):
+            sink = FileSink(made, writer)
+            for _ in run.results(sink):
+                pass
+            sink.finish()
+    finally:
+        ring.stop()
+        run.close()
+        if writer is not None:
+            writer.close()
+        ring.close()
+    return run.findings, writer
+
+
+def _sweep(
+    made: LayerPlan, target: Path, overwrite: bool, cancel: Token | None, options: dict[str, Any]
+) -> tuple[Findings, Writer]:
+    """Layers from last to first, each written when it is done."""
+    check_votes_path(made, target, target.with_name(target.name + ".partial"), overwrite)
+    budget = Budget(made.ram_budget_bytes, made.held_bytes)
+    ring = Ring(budget, made.out_bytes, "the ring of results")
+    writer: ScatterWriter | None = None
+    try:
+        writer = ScatterWriter(target, made.shards, made.unfinished, ring, made.members)
+        run = LayerRun(made, writer, budget, **options)
+        with _kept(writer, options["strict"], cancel):
+            run.work()
+    finally:
+        ring.stop()
+        if writer is not None:
+            writer.close()
+        ring.close()
+    (writer.partial / VOTES).unlink(missing_ok=True)
+    return run.findings, writer
+
+
+@contextmanager
+def _kept(writer: Writer, strict: bool, cancel: Token | None) -> Iterator[None]:
+    """On any way out of the block, what is durable is in the journal."""
+    try:
+        yield
     except Closed:
         writer.check()
         raise
@@ -148,6 +187,9 @@ def _work(run: Run, writer: Writer, strict: bool, cancel: Token | None) -> None:
         raise Interrupted(
             f"stopped; what is done is kept in {writer.partial}: run the same command again to go on", code
         ) from None
+    except RecipeError:  # found on the way: a loss that is no number
+        writer.discard()
+        raise
     except CheckpointError:
         if strict:
             writer.discard()

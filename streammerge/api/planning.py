@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from streammerge.budget import cores, default_ram, parse_size
 from streammerge.engine import device as devices
 from streammerge.errors import RecipeError
 from streammerge.planner import recipe as recipes
-from streammerge.planner.dialect import resolve
+from streammerge.planner.dialect import Resolution, resolve
 from streammerge.planner.plan import Limits, Plan, make_plan
+from streammerge.planner.transport import VOTES
 from streammerge.store.checkpoint import Checkpoint
 from streammerge.store.hub import locate
 
@@ -36,7 +38,8 @@ def plan(
         recipe: a YAML file, a mapping of the same form, or a Recipe.
         ram: bytes of host memory the process may hold ("4GiB"); 80 % of what is free if left out.
         vram: bytes of device memory, the driver's own included; 80 % of what is free if left out.
-        device: "cpu", "cuda", "cuda:1"; "auto" is a GPU if there is one. The result does not depend on it.
+        device: "cpu", "cuda", "cuda:1"; "auto" is a GPU if there is one. The result does not depend on it, except
+            that libraries round differently for methods on whole matrices.
         threads: for the arithmetic; all processors if 0. The result does not depend on it.
         shard_size: bytes of tensors in an output shard; the base model's own shards if left out.
         seed: of the methods that draw random numbers.
@@ -46,10 +49,47 @@ def plan(
         RecipeError, CheckpointError: the request or an input is wrong.
         BudgetTooSmall: the merge does not fit; `least` would do.
     """
+    limits = read_limits(ram, vram, device, threads, shard_size, seed, in_memory)
+    request = read_request(recipe)
+    if methods.find(request.recipe.merge_method).sees == "layer":
+        from streammerge.api.layers import plan_request
+
+        return plan_request(request, limits)
+    return make_plan(request.recipe, request.resolution, request.checkpoints, limits)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A recipe with its models opened; `near` are folders beside the current one in which its files may lie."""
+
+    recipe: recipes.Recipe
+    checkpoints: dict[str, Checkpoint]
+    resolution: Resolution
+    near: list[Path]
+
+
+def read_request(recipe: RecipeLike) -> Request:
+    """Read a recipe, open what it names, and work out what makes each tensor."""
+    parsed, near = _load(recipe)
+    named = [*parsed.references, *([parsed.extra[VOTES]] if VOTES in parsed.extra else [])]
+    checkpoints = {name: Checkpoint.open(locate(name, near)) for name in named}
+    return Request(parsed, checkpoints, resolve(parsed, checkpoints, methods.find), near)
+
+
+def read_limits(
+    ram: str | int | None,
+    vram: str | int | None,
+    device: str,
+    threads: int,
+    shard_size: str | int | None,
+    seed: int,
+    in_memory: bool,
+) -> Limits:
+    """What `plan` is told, in numbers."""
     check_numbers(threads, seed)
     place, free = devices.find(device)
     allowed = 0 if vram is None else _size("--vram", vram)
-    limits = Limits(
+    return Limits(
         ram=default_ram() if ram is None else _size("--ram", ram),
         threads=threads or cores(),
         device=place,
@@ -58,10 +98,6 @@ def plan(
         seed=seed,
         in_memory=in_memory,
     )
-    parsed, near = _load(recipe)
-    checkpoints = {name: Checkpoint.open(locate(name, near)) for name in parsed.references}
-    resolution = resolve(parsed, checkpoints, methods.find)
-    return make_plan(parsed, resolution, checkpoints, limits)
 
 
 def _load(recipe: RecipeLike) -> tuple[recipes.Recipe, list[Path]]:

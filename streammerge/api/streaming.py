@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from streammerge import method as methods
 from streammerge.api.merging import Token, asks
@@ -13,6 +13,7 @@ from streammerge.engine.findings import Progress
 from streammerge.engine.memory import merge_tensors
 from streammerge.engine.run import open_run
 from streammerge.engine.sinks import MemorySink
+from streammerge.engine.sweeping import LayerPlan
 from streammerge.engine.tiles import Crew
 from streammerge.errors import RecipeError
 from streammerge.formats.dtypes import DTYPES, from_recipe
@@ -49,6 +50,8 @@ def stream(
     import torch
 
     made = recipe if isinstance(recipe, Plan) else plan(recipe, in_memory=True, **options)
+    if isinstance(made, LayerPlan):
+        raise RecipeError(f"{made.recipe.merge_method} runs on layers, from the last to the first; use merge")
     budget = Budget(made.ram_budget_bytes, made.held_bytes)
     run = open_run(made, budget, reader=reader, progress=progress, cancelled=asks(cancel))
     try:
@@ -79,6 +82,7 @@ def merge_state_dicts(
     method: str,
     base: Mapping[str, torch.Tensor] | None = None,
     parameters: Mapping[str, Any] | None = None,
+    post: str | Mapping[str, Any] | None = None,
     dtype: str | None = None,
     threads: int = 0,
     seed: int = 0,
@@ -90,6 +94,7 @@ def merge_state_dicts(
         method: a method's name.
         base: the base model, for methods that merge relative to one.
         parameters: by their recipe names; per-model ones as one value or a list with one for each model.
+        post: what is done to the merge of each tensor, as in a recipe: "svc" or {"svc": {"floor": 0.5}}.
         dtype: of the result ("bfloat16"); that of the base, or of the first model, if left out.
 
     Raises:
@@ -97,15 +102,21 @@ def merge_state_dicts(
         CheckpointError: a tensor is missing in a model, or shapes differ.
     """
     check_numbers(threads, seed)
-    cls = methods.find(method)
+    cls = methods.find(method) if post is None else methods.beside_base(methods.find(method))
     values = recipes.check_parameters(cls, method, parameters or {}, len(models))
     if cls.needs_base and base is None:
         raise RecipeError(f"{method} needs a base")
     if cls.base_is_expert and base is not None:
         raise RecipeError(f"{method} takes no base; give it as one of the models")
-    made = methods.build(cls, values)
+    made = methods.build(methods.find(method), values)
     if not isinstance(made, methods.TileMethod):
         raise RecipeError(f"{method} is a {made.sees} method; merge_state_dicts runs tile methods")
+    if post is not None:
+        after, name, given = recipes.find_post(post, "post")
+        values = recipes.check_parameters(after, name, given, len(models))
+        made = cast(methods.TileMethod, methods.build(after, {"of": made, **values}))
+    if why := made.refusal("cpu"):
+        raise RecipeError(f"{method} {why}")
     crew = Crew(threads or cores())
     try:
         stored = None if dtype is None else from_recipe(dtype)

@@ -107,17 +107,25 @@ def methods(name: str | None, as_json: bool, debug: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows[0] if name else {"methods": rows}))
     elif name is None:
-        shown = [[r["name"], r["summary"], ", ".join(p["name"] for p in r["parameters"]), r["source"]] for r in rows]
+        shown = [[_spelled(r), r["summary"], ", ".join(p["name"] for p in r["parameters"]), r["source"]] for r in rows]
         show.table(None, ["method", "what it does", "parameters", "source"], shown)
     else:
         (row,) = rows
         click.echo(f"{row['name']}: {row['summary']}")
+        if row["post"]:
+            click.echo(
+                f"beside any merge_method: post: {row['name']}, or post: {{{row['name']}: {{parameter: value}}}}"
+            )
         click.echo(f"source: {row['source']}; sees one {row['sees']} at a time; base_model {row['base_model']}")
         click.echo(f"kernels: {', '.join(row['kernels'])}")
         shown = [
             [p["name"], _default(p), "per model" if p["per_expert"] else "", p["meaning"]] for p in row["parameters"]
         ]
         show.table(None, ["parameter", "default", "", "meaning"], shown)
+
+
+def _spelled(row: dict[str, Any]) -> str:
+    return f"post: {row['name']}" if row["post"] else str(row["name"])
 
 
 def _default(parameter: dict[str, Any]) -> str:

@@ -66,8 +66,10 @@ def plan(made: Any) -> None:
     """A plan in four lines."""
     body = made.as_dict()
     inputs = len(made.inputs)
-    many = {2: "two", 3: "three"}.get(body["passes"], str(body["passes"]))
+    many = {1: "one", 2: "two", 3: "three", 4: "four"}.get(body["passes"], str(body["passes"]))
     passes = "one pass" if body["passes"] == 1 else f"{many} passes where inputs do not fit"
+    if body.get("sweeps"):
+        passes = f"{many} passes over the layers, {count(body['samples'], 'sample')}"
     kernels = ", ".join(f"{name} ({how})" for name, how in body["kernels"].items())
     lines(
         [
@@ -127,7 +129,7 @@ def report(body: dict[str, Any], out: str) -> None:
         ("wrote", human(body["write_bytes"]), f"{count(body['shards'], 'shard')} in {out}"),
         ("took", duration(body["seconds"]), rate),
     ]
-    lines([*rows, *_matrices(body["matrices"])])
+    lines([*rows, *_matrices(body["matrices"]), *_masked(body.get("gradfix"))])
     if copied := body["copied_tensors"]:
         note(f"{count(copied, 'tensor')} the same in all inputs, copied")
     for found in body["nonfinite"]:
@@ -143,6 +145,21 @@ def _matrices(figures: dict[str, dict[str, float]]) -> list[tuple[str, str, str]
     most = max(shares, key=lambda name: shares[name])
     text = f"{count(len(figures), 'matrix', 'matrices')}, at most {shares[most]:.2f} x its longest task vector: {most}"
     return [("moved", "", text)]
+
+
+def _masked(figures: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """The line on task vectors that were masked: what was kept of them, and what that promises."""
+    if figures is None:
+        return []
+    total = figures["total"]
+    shares = [
+        f"{total[key] / max(1, total['elements']):.1%} {word}" for key, word in (("ties", "tied"), ("nan", "NaN"))
+    ]
+    told = [f"alpha {figures['alpha']:g}"] if "alpha" in figures else []
+    told += [shares[0], *(shares[1:] if total["nan"] else ()), f"{total['unchanged']} lost to rounding"]
+    if "descent" in total:
+        told.append(f"loss to fall by {total['descent']:.3g} to first order")
+    return [("kept", f"{total['kept'] / max(1, total['elements']):.1%}", ", ".join(told))]
 
 
 @contextmanager

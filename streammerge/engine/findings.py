@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ class Findings:
     copied: dict[str, None] = field(default_factory=dict)  # names of tensors that are the same bytes in every input
     nonfinite: list[tuple[str, str, str]] = field(default_factory=list)  # tensor, file, "NaN" or "infinity"
     figures: dict[str, dict[str, float]] = field(default_factory=dict)  # of tensors that were solved: how it went
+    masked: dict[str, dict[str, float]] = field(default_factory=dict)  # of tensors that were masked: what was kept
+    transport: dict[str, Any] = field(default_factory=dict)  # of the masking as a whole
     read_bytes: int = 0
     extra_rounds: int = 0
     vram_peak_bytes: int = 0  # that torch reserved; the driver's own come on top
@@ -34,6 +37,29 @@ class Findings:
             self.copied[note["copied"]] = None
         elif "figures" in note:
             name, figures = note["figures"]
-            self.figures[name] = figures
+            if note.get("section") == "gradfix":
+                self.masked.setdefault(name, {}).update(figures)
+            else:
+                self.figures[name] = figures
+        elif "gradfix" in note:
+            self.transport.update(note["gradfix"])
         elif tuple(note["nonfinite"]) not in self.nonfinite:
             self.nonfinite.append(tuple(note["nonfinite"]))
+
+    def masking(self) -> dict[str, Any]:
+        """What was masked, in total and per tensor; empty if nothing was.
+
+        `slope` is the sum of g m tau over a tensor, g the samples' mean gradient: by how much the loss rises, to first
+        order, per alpha. `descent` is how much it falls with the alpha that was used.
+        """
+        if not self.masked:
+            return {}
+        rows = self.masked.values()
+        for row in rows:
+            if "slope" in row and "alpha" in row:
+                row["descent"] = -row["alpha"] * row["slope"]
+        total = {key: sum(row.get(key, 0) for row in rows) for key in ("elements", "kept", "ties", "unchanged", "nan")}
+        total["displacement"] = math.hypot(*(row.get("displacement", 0.0) for row in rows))
+        if any("descent" in row for row in rows):
+            total["descent"] = math.fsum(row.get("descent", 0.0) for row in rows)
+        return {"gradfix": {**self.transport, "total": total, "tensors": self.masked}}

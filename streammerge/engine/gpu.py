@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streammerge.budget import Budget
+from streammerge.budget import Budget, human
 from streammerge.engine.device import Device
 from streammerge.engine.feed import Loaded
 from streammerge.engine.run import Run, fresh
 from streammerge.engine.sinks import AHEAD, Sink
 from streammerge.engine.tiles import RESIDENT_SAMPLE, ROUNDS, are_equal, as_bytes, can_copy, sample_of
+from streammerge.errors import MachineError
 from streammerge.formats.dtypes import DTYPES
 from streammerge.kernels.numerics import Span
-from streammerge.method import Flags, Survey, Tile
+from streammerge.method import Flags, Survey, TensorMethod, Tile
 from streammerge.planner.device import DeviceStep, place
 from streammerge.planner.plan import Plan
 from streammerge.planner.steps import Piece
@@ -72,7 +73,7 @@ class GpuRun(Run):
     def __init__(self, plan: Plan, budget: Budget, **options: Any) -> None:
         super().__init__(plan, budget, **options)
         assert plan.device_layout is not None
-        self.device = Device(plan.device, plan.device_layout, budget)
+        self.device = Device(plan.device, plan.device_layout, budget, plan.vram_budget_bytes)
         self._input = self.device.pin(self.ring)
         self._slots = deque(range(plan.device_layout.slots))
         self._outs = deque(range(AHEAD))
@@ -88,13 +89,27 @@ class GpuRun(Run):
         self._done: deque[int] = deque()  # tensors whose last bytes were put
         self._sink: Sink | None = None
         self._shard = -1
+        self._solving = ""  # the matrix at hand
         self._output: Any = None
 
     def results(self, sink: Sink) -> Iterator[int]:
+        """As Run's.
+
+        Raises:
+            MachineError: also if a solver did not get the memory that the plan has for it.
+        """
+        import torch
+
         self._sink = sink
         if sink.ring is not None:
             self._output = self.device.pin(sink.ring)
-        yield from super().results(sink)
+        try:
+            yield from super().results(sink)
+        except torch.OutOfMemoryError:
+            raise MachineError(
+                f"{self.plan.device} has less than the {human(self.device.layout.solver_bytes)} of memory that were "
+                f"planned to solve {self._solving!r}; free the GPU, or give a larger --vram"
+            ) from None
         while self._busy:
             self._retire()
         yield from self._finished()
@@ -104,6 +119,7 @@ class GpuRun(Run):
         if self._feed is not None:
             self._feed.close()
         self._output = self._input = None
+        self._surveys.clear()  # some hold memory of the device
         self.findings.vram_peak_bytes = self.device.close()
         super().close()
 
@@ -155,7 +171,8 @@ class GpuRun(Run):
             return loaded.step.kind == "merge" and can_copy(tensor.method)
         tile = self._tile(loaded, piece)
         tile.out = Span(0, tensor.out_dtype, piece.numel)
-        if tensor.surveyed and index not in self._surveys and tensor.numel > RESIDENT_SAMPLE:
+        sampled = tensor.surveyed and not isinstance(tensor.method, TensorMethod)
+        if sampled and index not in self._surveys and tensor.numel > RESIDENT_SAMPLE:
             self._samples.setdefault(index, []).extend(
                 self._copied(index, part) for part in sample_of(tile, tensor.numel)
             )
@@ -201,6 +218,7 @@ class GpuRun(Run):
                     tiles.setdefault(piece.tensor, []).append((member, self._there(member, number)))
         for index, found in tiles.items():
             tensor = self.plan.tensors[index]
+            self._make_room(index)
             self._surveys[index] = survey = fresh(tensor)
             if survey.wants_sample and index in self._samples:
                 survey.sample(self._samples.pop(index), resident=True)
@@ -210,11 +228,32 @@ class GpuRun(Run):
             for number in range(rounds + ROUNDS):
                 reads = tensor.method.reads(min(number, rounds - 1), experts)
                 partials = [self._look(survey, member, tile.only(reads)) for member, tile in found]
-                self.device.queue.finish()
-                if survey.settle(partials):
+                if self._settled(index, survey, partials):
                     break
             else:
                 raise AssertionError(f"{type(survey).__name__} did not settle in {ROUNDS} rounds")
+
+    def _make_room(self, index: int) -> None:
+        """Before a matrix is solved: the answers to those that were merged go."""
+        tensor = self.plan.tensors[index]
+        if isinstance(tensor.method, TensorMethod):
+            self._solving = tensor.job.name
+            self._finish()
+            for batch in self._busy:
+                for merged in batch.finished:
+                    if merged in self._surveys:
+                        self._surveys[merged].release()
+            self.device.trim(tensor.job.shape)
+
+    def _finish(self) -> None:
+        """Wait for all launches; what they found is filled in."""
+        self.device.queue.finish()
+        for batch in self._busy:
+            batch.receipt.wait()
+
+    def _settled(self, index: int, survey: Survey, partials: list[object]) -> bool:
+        self._finish()
+        return super()._settled(index, survey, partials)
 
     def _look(self, survey: Survey, member: Loaded, tile: Tile, slot: int | None = None) -> Any:
         memory = self._begin(member)
@@ -232,8 +271,11 @@ class GpuRun(Run):
             assert loaded.held is not None
             partials.append(self._look(survey, loaded, self._there(loaded, 0), loaded.held.slot))
             done += piece.numel
-        self.device.queue.finish()
         return partials
+
+    def _survey_streamed(self, sample: Loaded) -> None:
+        self._make_room(sample.step.pieces[0].tensor)
+        super()._survey_streamed(sample)
 
     # --- merges ---
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streammerge.engine.tiles import Crew, Merger, settle_in_memory
@@ -68,6 +69,8 @@ def _merge(
         seed=seed,
     )
     method = method.for_tensor(name, tile.shape, len(experts))
+    if not method.takes_base():
+        tile = replace(tile, base=None)
     survey = method.survey(tile.shape, len(experts))
     if survey is not None:
         settle_in_memory(crew, method, survey, [tile])

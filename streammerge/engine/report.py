@@ -67,6 +67,7 @@ def make_report(plan: Plan, findings: Findings, watcher: Watcher, written: int) 
         "copied_tensors": len(findings.copied),
         "nonfinite": [{"tensor": t, "file": f, "holds": k} for t, f, k in findings.nonfinite],
         "matrices": findings.figures,
+        **findings.masking(),
         "predicted": plan.as_dict(),
         "version": __version__,
     }

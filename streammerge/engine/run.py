@@ -20,7 +20,7 @@ from streammerge.engine.findings import Findings, Progress
 from streammerge.engine.sinks import Sink
 from streammerge.engine.tiles import Crew, Merger, look, settle_in_memory
 from streammerge.errors import CheckpointError, Interrupted
-from streammerge.formats.dtypes import DTYPES
+from streammerge.formats.dtypes import SIGNS, bits_of
 from streammerge.kernels.numerics import Span
 from streammerge.method import Flags, Survey, Tile
 from streammerge.planner.plan import Plan
@@ -105,7 +105,8 @@ class Run:
         for index, tensor in enumerate(self.plan.tensors):
             if (tensor.shard, tensor.end) <= (shard, at):
                 continue
-            if tensor.shard != shard or tensor.surveyed or at <= tensor.begin:
+            counted = tensor.method.tally(tensor.job.shape) is not None
+            if tensor.shard != shard or tensor.surveyed or counted or at <= tensor.begin:
                 return index, 0
             grain = tensor.method.grain(tensor.job.shape)
             element = (at - tensor.begin) * tensor.numel // (tensor.end - tensor.begin)
@@ -153,7 +154,7 @@ class Run:
         self.ring.give(sample.slot)
         tensor = self.plan.tensors[index]
         planned = tensor.method.rounds(len(tensor.job.experts))
-        while not survey.settle(self._round(index, survey)):
+        while not self._settled(index, survey, self._round(index, survey)):
             planned -= 1
             if planned < 1:
                 self.findings.extra_rounds += 1
@@ -170,6 +171,9 @@ class Run:
             self.ring.give(loaded.slot)
             done += piece.numel
         return partials
+
+    def _settled(self, index: int, survey: Survey, partials: list[object]) -> bool:
+        return survey.settle(partials)
 
     def _restart(self, index: int) -> None:
         """Read a tensor's tiles for another round: rare, so what was read ahead is simply dropped."""
@@ -211,8 +215,10 @@ class Run:
 
     def _merger(self, index: int) -> Merger:
         if index not in self._mergers:
-            method = self.plan.tensors[index].method
-            self._mergers[index] = Merger(self._crew, method, self._surveys.get(index))
+            tensor = self.plan.tensors[index]
+            if index not in self._surveys and (tally := tensor.method.tally(tensor.job.shape)) is not None:
+                self._surveys[index] = tally
+            self._mergers[index] = Merger(self._crew, tensor.method, self._surveys.get(index))
         return self._mergers[index]
 
     def _look_at(self, index: int, flags: Flags | None, sink: Sink) -> None:
@@ -235,7 +241,7 @@ class Run:
         survey = self._surveys.pop(index, None)
         tensor = self.plan.tensors[index]
         if survey is not None and survey.figures:
-            told = {"figures": [tensor.job.name, dict(survey.figures)]}
+            told = {"figures": [tensor.job.name, dict(survey.figures)], "section": survey.section}
             self.findings.take(told)
             sink.note(told)
         if equal and len(tensor.inputs) > 1 and index != self._halfway:
@@ -268,14 +274,14 @@ class Run:
 
     def _span(self, loaded: Loaded, offset: int, dtype: str, numel: int) -> Span:
         """An input's elements in the slot; bytes that a file keeps off their alignment are moved onto it."""
-        width = max(1, DTYPES[dtype].bits // 8)
+        width = max(1, bits_of(dtype) // 8)
         address = loaded.slot.address + offset
         if address % width and numel:
             if offset not in loaded.moved:
                 ctypes.memmove(address - address % width, address, numel * width)
                 loaded.moved.add(offset)
             address -= address % width
-        return Span(address, dtype if DTYPES[dtype].bits >= 8 else "U8", numel)
+        return Span(address, dtype if bits_of(dtype) >= 8 or dtype == SIGNS else "U8", numel)
 
 
 def open_run(plan: Plan, budget: Budget, **options: Any) -> Run:

@@ -55,6 +55,8 @@ DTYPES: dict[str, DType] = {
     )
 }
 
+SIGNS = "SIGNS"  # no dtype of the format: voted signs beside a tensor, two bits each, stored as U8
+
 # What a recipe may write for a dtype to compute in or to save as: torch's names and three short ones.
 RECIPE_NAMES: dict[str, str] = {
     **{row.torch: row.name for row in DTYPES.values() if row.floating and row.torch},
@@ -62,6 +64,11 @@ RECIPE_NAMES: dict[str, str] = {
     "fp16": "F16",
     "fp32": "F32",
 }
+
+
+def bits_of(dtype: str) -> int:
+    """Bits of one element, of voted signs too."""
+    return 2 if dtype == SIGNS else DTYPES[dtype].bits
 
 
 def from_recipe(name: str) -> str:

@@ -1,10 +1,10 @@
 """Threads that share a matrix by blocks of rows: no barriers, and bits that do not depend on their number.
 
-Rows are cut into blocks of ROWS at most, whatever the number of threads, and a block is the work of one thread that
+Rows are cut into blocks of about ROWS, whatever the number of threads, and a block is the work of one thread that
 computes alone, with whatever the library would do in one thread. On a GPU all rows are one block.
 
 What a block needs for itself is its thread's room, made once: much of what threads allocate and free in between, the
-C library would keep.
+C library would keep. On a GPU, where a block is a whole matrix, it is made anew and given back.
 """
 
 from __future__ import annotations
@@ -18,24 +18,30 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from streammerge.methods._precision import Products
+
 T = TypeVar("T")
-ROWS = 192  # products of fewer lose a tenth at 4096 columns, of more gain nothing up to 1536
+ROWS = 192  # with fewer MKL takes a slower path from 1024 columns on; more gain little and occupy fewer cores
+MANY = 4  # blocks, from which on they have ROWS rows at least instead of at most
 STEP = 16  # blocks have multiples of so many rows
 ROOM = 16  # bytes per element of a block that a thread's room has at least
+PANEL = 1024  # rows that are widened at once for a product in fp64, where a block has more
 
 
 class Crew:
-    """Threads that share the blocks of a matrix."""
+    """Threads that share the blocks of a matrix. `whole`: all rows are one block, as on a GPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, products: Products | None = None, whole: bool = False) -> None:
+        self.products = products
         self._threads = torch.get_num_threads()
         self._device, self._own = device, threading.local()
-        shared = self._threads > 1 and device.type == "cpu"
+        self.whole = whole or device.type != "cpu"
+        shared = self._threads > 1 and not self.whole
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rows") if shared else None
 
     def each(self, work: Callable[[int, int], T], rows: int) -> list[T]:
         """work(first, last) for every block, answers in the order of the blocks."""
-        size = block_rows(rows) if self._device.type == "cpu" else max(1, rows)
+        size = max(1, rows) if self.whole else block_rows(rows)
         blocks = [(at, min(at + size, rows)) for at in range(0, rows, size)]
         if self._pool is None:
             return [work(*block) for block in blocks]
@@ -55,6 +61,8 @@ class Crew:
 
     def room(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """So many matrices, not filled. The next call of this thread gets the same memory."""
+        if self.whole:
+            return tuple(torch.empty(count, *shape, dtype=dtype, device=self._device))
         numel = math.prod(shape)
         size = count * numel * dtype.itemsize
         flat: Tensor | None = getattr(self._own, "flat", None)
@@ -70,8 +78,9 @@ class Crew:
 
 
 def block_rows(rows: int) -> int:
-    """Rows of a block: about equal ones, at most ROWS."""
-    each = math.ceil(rows / max(1, math.ceil(rows / ROWS)))
+    """Rows of a block, of all but the last."""
+    count = rows // ROWS if rows >= MANY * ROWS else math.ceil(rows / ROWS)
+    each = math.ceil(rows / max(1, count))
     return max(1, math.ceil(each / STEP)) * STEP
 
 
@@ -120,9 +129,12 @@ def add_product(crew: Crew, out: Tensor, left: Tensor, right: Tensor, factor: fl
     if out.dtype == torch.float64:
         out.addmm_(left, right, alpha=factor)
         return
-    rows, columns = max(len(out), ROWS), out.shape[1]
-    total, panel = crew.room(2, (rows, columns), torch.float64)
-    total = total[: len(out)].copy_(out)
+    columns = out.shape[1]
+    if crew.whole:
+        (total,), (panel,) = (crew.room(1, (rows, columns), torch.float64) for rows in (len(out), PANEL))
+    else:
+        total, panel = crew.room(2, (max(len(out), ROWS), columns), torch.float64)
+    total, rows = total[: len(out)].copy_(out), len(panel)
     for at in range(0, len(right), rows):
         end = min(at + rows, len(right))
         total.addmm_(left[:, at:end].double(), panel[: end - at].copy_(right[at:end]), alpha=factor)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from streammerge import kernel
 from streammerge.kernels.numerics import Span
-from streammerge.method import Cost, Flags, PerExpert, TensorMethod, Tile, param, spread
+from streammerge.method import Cost, Flags, PerExpert, Tile, TileMethod, param, spread
 
 FP32 = 4
 PIECE = 1 << 15  # elements that are combined at once: few enough to stay in a core's cache
@@ -26,10 +26,9 @@ COPY = np.ones((1, 1), np.float32)
 
 
 @dataclass(frozen=True)
-class Elementwise(TensorMethod):
-    """Base of the family. A tensor method by class, so that a plan for a GPU refuses it; it needs no whole tensor."""
+class Elementwise(TileMethod):
+    """Base of the family."""
 
-    sees = "tile"
     kernels = ("add_deltas",)
 
     weight: PerExpert = param(1.0, "factor on the expert's task vector", per_expert=True, kind=float)
@@ -38,6 +37,9 @@ class Elementwise(TensorMethod):
     @abstractmethod
     def combine(self, deltas: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The merged task vector [n] of [experts, n] weighted ones, which it may change."""
+
+    def refusal(self, device: str) -> str:
+        return "" if device == "cpu" else "runs on the CPU so far; give --device cpu"
 
     def cost(self, numel: int, experts: int, device: str) -> Cost:
         return Cost(host=FP32 * min(numel, PIECE) * (experts + TEMPORARIES))

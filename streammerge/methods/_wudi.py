@@ -21,22 +21,27 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from streammerge.methods._crew import ROOM, ROWS, Crew, add_product, dot, gram, mirror, norm
+from streammerge.methods._crew import PANEL, ROOM, ROWS, Crew, add_product, block_rows, dot, gram, mirror, norm
 from streammerge.methods._matrices import Solver
+from streammerge.methods._precision import Products
 
 TINY = 1e-12  # a task vector whose squared norm is below is taken out
 
 Sums: TypeAlias = tuple[float, ...]  # |R|^2 before and after, |X|^2, L(M_0) without its constant, L(M) - L(M_0)
 WIDE = ("inverse", "ridge")  # ways in fp64: what divides by small eigenvalues needs it
-Way: TypeAlias = Callable[[Crew, Tensor, Tensor, Tensor, float], list[Sums]]  # M_0 becomes M; C and D are used up
+Move: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows of R to those of X and X C - R, in the room
+Way: TypeAlias = Callable[[Crew, Tensor, float], Move]  # from C, which it may use up, and C's mean eigenvalue
+RATES = (0.9, 0.999, 1e-8)  # of Adam: beta1, beta2, eps
 
 
 class Gram(Solver):
     """Adds up C, D and M_0 expert by expert, then goes a way. `balanced` are the experts' weights, to balance norms."""
 
-    def __init__(self, experts: int, way: Way, wide: bool, balanced: Sequence[float] | None) -> None:
+    def __init__(
+        self, experts: int, way: Way, wide: bool, balanced: Sequence[float] | None, precision: str = "fp32"
+    ) -> None:
         self.figures: dict[str, float] = {}
-        self._experts, self._way, self._balanced = experts, way, balanced
+        self._experts, self._way, self._balanced, self._precision = experts, way, balanced, precision
         self._dtype = torch.float64 if wide else torch.float32
         self._norms: list[float] = []  # of the task vectors without their weights, as far as they count
         self._constant = 0.0  # of the loss: sum_i w_i |tau_i tau_i^T|^2
@@ -47,7 +52,8 @@ class Gram(Solver):
         if self._experts == 1:
             self._start = delta
             return
-        self._crew = crew = self._crew or Crew(delta.device)
+        products = Products.on(self.queue, self._precision)
+        self._crew = crew = self._crew or Crew(delta.device, products, whole=self.queue is not None)
         size = norm(crew, delta)
         if not self._norms:
             self._start = torch.zeros_like(delta)
@@ -99,7 +105,10 @@ class Gram(Solver):
             self._target *= mean
             self._constant *= mean * mean
         eigenvalue = len(self._norms) / len(self._gram)  # the mean: the trace of C is the number of experts
-        parts = self._way(crew, self._start, self._gram, self._target, eigenvalue)
+        start, target, rows = self._start, self._target, len(self._start)
+        losses = dict(crew.each(lambda a, b: (a, begin(crew, start[a:b], self._gram, target[a:b])), rows))
+        move = self._way(crew, self._gram, eigenvalue)
+        parts = crew.each(lambda a, b: end(start[a:b], target[a:b], *move(target[a:b]), losses[a]), rows)
         del self._gram, self._target
         before, after, moved, loss, change = (sum(column) for column in zip(*parts, strict=True))
         self.figures = {
@@ -117,13 +126,34 @@ def _short(rows: int, columns: int) -> bool:
 
 def bytes_kept(rows: int, columns: int, way: str) -> int:
     """The peak of a solver: adding up the experts, or going its way; the threads' rooms included."""
-    size = 8 if way in WIDE else 4
-    matrix, square = size * rows * columns, size * columns * columns
-    scratch = size * rows * rows if _short(rows, columns) else square
+    longer = max(rows, columns)
+    block = max(ROWS, block_rows(longer))
+    blocks = min(torch.get_num_threads(), -(-longer // block))
+    return int(max(_phases(rows, columns, way)) + blocks * max(ROOM, 3 * _size(way)) * block * longer)
+
+
+def bytes_kept_there(rows: int, columns: int, way: str, work_space: int) -> int:
+    """The same on a GPU, where all rows are a block; `work_space` matrices are what the library takes of C's size."""
+    adding, going = _phases(rows, columns, way)
+    matrix, panel = rows * columns, min(PANEL, max(rows, columns))
+    scratch = rows * rows if _short(rows, columns) else columns * columns
+    product = 8 * (matrix + PANEL * columns + rows * panel)  # in fp64
+    room = {"adam": 4 * matrix, "doubling": max(columns * columns, 2 * matrix)}.get(way, 3 * matrix)
+    library = 0 if way in ("adam", "doubling") else work_space * columns * columns
+    adding += max(8 * max(matrix, scratch), product)
+    return int(max(adding, going + max(_size(way) * (room + library), product)))
+
+
+def _size(way: str) -> int:
+    return 8 if way in WIDE else 4
+
+
+def _phases(rows: int, columns: int, way: str) -> tuple[int, int]:
+    """Bytes of the matrices that are held: while experts are added up, and on the way."""
+    matrix, square = _size(way) * rows * columns, _size(way) * columns * columns
+    scratch = _size(way) * rows * rows if _short(rows, columns) else square
     adding = 2 * matrix + square + scratch + (matrix if way in WIDE else 0)  # the last: the task vector in fp64
-    going = 2 * matrix + (square if way == "adam" else 4 * square)
-    blocks = min(torch.get_num_threads(), -(-max(rows, columns) // ROWS))
-    return int(max(adding, going) + blocks * max(ROOM, 3 * size) * ROWS * max(rows, columns))
+    return adding, 2 * matrix + (square if way == "adam" else 4 * square)
 
 
 def begin(crew: Crew, start: Tensor, gram: Tensor, target: Tensor) -> float:
@@ -140,21 +170,38 @@ def end(start: Tensor, rest: Tensor, moved: Tensor, gradient: Tensor, loss: floa
     return dot(rest, rest), dot(gradient, gradient), dot(moved, moved), loss, change
 
 
-def adam(
-    crew: Crew, start: Tensor, gram: Tensor, target: Tensor, mean: float, *, iterations: int, lr: float
-) -> list[Sums]:
+def adam(crew: Crew, gram: Tensor, mean: float, *, iterations: int, lr: float) -> Move:
     """Steps of torch.optim.Adam, one product each."""
-    settings = {"lr": lr, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 
-    def block(a: int, b: int) -> Sums:
-        rest = target[a:b]
-        loss = begin(crew, start[a:b], gram, rest)
-        moved, first, second, g = (each.zero_() for each in crew.room(4, rest.shape, rest.dtype))
-        step = torch.zeros((), device=rest.device)
-        for _ in range(iterations):
-            torch.addmm(rest, moved, gram, beta=-2, alpha=2, out=g)
-            step += 1
-            torch._fused_adam_([moved], [g], [first], [second], [], [step], **settings, amsgrad=False, maximize=False)
-        return end(start[a:b], rest, moved, torch.addmm(rest, moved, gram, beta=-1, out=g), loss)
+    def move(rest: Tensor) -> tuple[Tensor, Tensor]:
+        room = tuple(each.zero_() for each in crew.room(4, rest.shape, rest.dtype))
+        moved, g = (_adam if crew.products is None else _adam_by_kernel)(crew, room, gram, rest, iterations, lr)
+        return moved, torch.addmm(rest, moved, gram, beta=-1, out=g)
 
-    return crew.each(block, len(start))
+    return move
+
+
+def _adam(
+    crew: Crew, room: Sequence[Tensor], gram: Tensor, rest: Tensor, iterations: int, lr: float
+) -> tuple[Tensor, Tensor]:
+    """X, and a matrix to write on; `room` is both, zero, and Adam's moments."""
+    settings = {"lr": lr, **dict(zip(("beta1", "beta2", "eps"), RATES, strict=True)), "weight_decay": 0.0}
+    moved, first, second, g = room
+    step = torch.zeros((), device=rest.device)
+    for _ in range(iterations):
+        torch.addmm(rest, moved, gram, beta=-2, alpha=2, out=g)
+        step += 1
+        torch._fused_adam_([moved], [g], [first], [second], [], [step], **settings, amsgrad=False, maximize=False)
+    return moved, g
+
+
+def _adam_by_kernel(
+    crew: Crew, room: Sequence[Tensor], gram: Tensor, rest: Tensor, iterations: int, lr: float
+) -> tuple[Tensor, Tensor]:
+    """The same, product and update in one."""
+    assert crew.products is not None
+    moved, first, second, g = room
+    for step in range(1, iterations + 1):
+        crew.products.adam_step((g, moved, gram, rest, first, second), step, lr, *RATES)
+        moved, g = g, moved
+    return moved, g

@@ -20,33 +20,23 @@ import torch
 from torch import Tensor
 
 from streammerge.methods._crew import Crew, mirror, norm, symmetric
-from streammerge.methods._wudi import Sums, begin, end
+from streammerge.methods._wudi import Move
 
 REACH = 4.0  # the polynomial serves h times the eigenvalues up to here, doubling does the rest
 DEGREE, CHUNK = 11, 3  # of the polynomial, 3e-10 off; powers that it is made of
 
 
-def eigen(
-    crew: Crew,
-    start: Tensor,
-    gram: Tensor,
-    target: Tensor,
-    mean: float,
-    *,
-    strength: Callable[[Tensor, float], Tensor],
-) -> list[Sums]:
+def eigen(crew: Crew, gram: Tensor, mean: float, *, strength: Callable[[Tensor, float], Tensor]) -> Move:
     """X = R V f V^T with the eigenvectors V of C; f = strength(eigenvalues in rising order, their mean)."""
     values, vectors = crew.alone(partial(torch.linalg.eigh, gram))
     factors = strength(values, mean)
 
-    def block(a: int, b: int) -> Sums:
-        rest = target[a:b]
-        loss = begin(crew, start[a:b], gram, rest)
+    def move(rest: Tensor) -> tuple[Tensor, Tensor]:
         spectrum, moved, gradient = crew.room(3, rest.shape, rest.dtype)
         torch.mm(torch.mm(rest, vectors, out=spectrum).mul_(factors), vectors.T, out=moved)
-        return end(start[a:b], rest, moved, torch.addmm(rest, moved, gram, beta=-1, out=gradient), loss)
+        return moved, torch.addmm(rest, moved, gram, beta=-1, out=gradient)
 
-    return crew.each(block, len(start))
+    return move
 
 
 def flow(values: Tensor, mean: float, *, time: float, keep: float) -> Tensor:
@@ -65,7 +55,7 @@ def inverse(values: Tensor, mean: float, *, amount: float) -> Tensor:
     return torch.where(values > least, 1 / values, 0.0)
 
 
-def ridge(crew: Crew, start: Tensor, gram: Tensor, target: Tensor, mean: float, *, amount: float) -> list[Sums]:
+def ridge(crew: Crew, gram: Tensor, mean: float, *, amount: float) -> Move:
     """X = R (C + a I)^-1 by Cholesky."""
     shifted = gram.clone()
     shifted.diagonal().add_(amount * mean)
@@ -74,22 +64,19 @@ def ridge(crew: Crew, start: Tensor, gram: Tensor, target: Tensor, mean: float, 
     inverted = crew.alone(partial(torch.cholesky_inverse, factor))
     del factor
 
-    def block(a: int, b: int) -> Sums:
-        rest = target[a:b]
-        loss = begin(crew, start[a:b], gram, rest)
+    def move(rest: Tensor) -> tuple[Tensor, Tensor]:
         moved, gradient = crew.room(2, rest.shape, rest.dtype)
         torch.mm(rest, inverted, out=moved)
-        return end(start[a:b], rest, moved, torch.addmm(rest, moved, gram, beta=-1, out=gradient), loss)
+        return moved, torch.addmm(rest, moved, gram, beta=-1, out=gradient)
 
-    return crew.each(block, len(start))
+    return move
 
 
-def doubling(crew: Crew, start: Tensor, gram: Tensor, target: Tensor, mean: float, *, time: float) -> list[Sums]:
+def doubling(crew: Crew, gram: Tensor, mean: float, *, time: float) -> Move:
     """X = R (1 - exp(-t C)) / C by products alone: a polynomial for h = t / 2^q, then q doublings of h.
 
     With P = (1 - exp(-hC)) / hC and F = hC P = 1 - exp(-hC), twice the time has P (2 - F) and F (2 - F).
     """
-    losses = crew.each(lambda a, b: (a, begin(crew, start[a:b], gram, target[a:b])), len(start))
     row = max(crew.each(lambda a, b: float(torch.linalg.vector_norm(gram[a:b], 1, dim=1).max()), len(gram)))
     most = min(norm(crew, gram), row, mean * len(gram))  # each bounds the largest eigenvalue
     doublings = max(0, math.ceil(math.log2(time / mean * most / REACH)))
@@ -100,13 +87,12 @@ def doubling(crew: Crew, start: Tensor, gram: Tensor, target: Tensor, mean: floa
         _twice(crew, p, f, other)
         f, other = other, f
 
-    def block(a: int, b: int) -> Sums:
-        rest = target[a:b]
+    def move(rest: Tensor) -> tuple[Tensor, Tensor]:
         moved, gradient = crew.room(2, rest.shape, rest.dtype)
         torch.mm(rest, p, out=moved).mul_(h)
-        return end(start[a:b], rest, moved, torch.addmm(rest, rest, f, beta=-1, out=gradient), dict(losses)[a])
+        return moved, torch.addmm(rest, rest, f, beta=-1, out=gradient)
 
-    return crew.each(block, len(start))
+    return move
 
 
 def _twice(crew: Crew, p: Tensor, f: Tensor, out: Tensor) -> None:

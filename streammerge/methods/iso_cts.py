@@ -4,7 +4,7 @@
     (1 - U_c U_c^T) tau_i ~ U_i S_i V_i^T    the k_t leading triplets, T k_t about (1 - common_fraction) min(m, n)
     merged = base + scale mean(S) P([U_1 ... U_T U_c]) P([V_1 ... V_T V_c])^T
 
-Marczak et al. 2025, arXiv:2502.04959, with their common_fraction. P is the polar factor (_spectra.py), the mean is over
+Marczak et al. 2025, arXiv:2502.04959, with their common_fraction. P is the polar factor (_polar.py), the mean is over
 all values. They choose the scale on validation sets, about 1.4 for many; 1 here. What is left of an expert is looked
 for after the sum is known: every expert is read twice. Directions below 1e-6 of the largest are rounding and stay out
 (of a remainder, below 1e-6 of its expert's norm); those that experts share (to 1e-5) are kept once.
@@ -22,19 +22,22 @@ import numpy.typing as npt
 
 from streammerge.errors import RecipeError
 from streammerge.method import Survey, param, spread
+from streammerge.methods import _polar as polars
 from streammerge.methods import _spectra as spectra
-from streammerge.methods._matrices import FP32, MatrixMethod, MatrixSurvey, Solver
+from streammerge.methods._matrices import FP32, MatrixSurvey, PreciseMethod, Solver
+from streammerge.methods._precision import Products
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class IsoCts(MatrixMethod):
+class IsoCts(PreciseMethod):
     """Common and task-specific directions, equally strong."""
 
     summary = "common directions of the sum and each expert's own, all singular values set to their mean"
     source = "Marczak et al. 2025, arXiv:2502.04959"
+    product = "polar_step"
 
     common_fraction: float = param(0.8, "share of the directions that is taken from the sum")
 
@@ -63,7 +66,7 @@ class IsoCts(MatrixMethod):
         return small - experts * own, own
 
     def solver(self, rows: int, columns: int, experts: int) -> Solver:
-        return _Both(experts, *self.ranks(rows, columns, experts))
+        return _Both(experts, *self.ranks(rows, columns, experts), self.precision)
 
     def bytes_kept(self, rows: int, columns: int, experts: int) -> int:
         small, large = sorted((rows, columns))
@@ -73,7 +76,7 @@ class IsoCts(MatrixMethod):
             FP32 * rows * columns + spectra.leading_bytes(rows, columns, common),
             bases + spectra.FP64 * common * (rows + columns),
             bases + max(FP32 * common * columns, spectra.leading_bytes(rows, columns, own)),
-            bases + spectra.polar_bytes(small, large),
+            bases + polars.polar_bytes(small, large),
         )
 
 
@@ -90,9 +93,9 @@ class _Twice(MatrixSurvey):
 class _Both(Solver):
     """The sum first, then its leading directions as rows and the experts' below them."""
 
-    def __init__(self, experts: int, common: int, own: int) -> None:
+    def __init__(self, experts: int, common: int, own: int, precision: str) -> None:
         self.routes: list[str] = []
-        self._experts, self._common, self._own = experts, common, own
+        self._experts, self._common, self._own, self._precision = experts, common, own, precision
         self._sum: Tensor | None = None
         self._bases: list[Tensor] = []
         self._sizes: list[int] = []
@@ -102,12 +105,13 @@ class _Both(Solver):
         if expert < self._experts:
             self._sum = delta.clone() if self._sum is None else self._sum.add_(delta)
             return
+        on_cpu = self.queue is None
         if self._sum is not None:
             total, self._sum = self._sum, None
             self._bases = [delta.new_empty(min(delta.shape), length) for length in delta.shape]
-            self._add(*spectra.each([partial(spectra.leading, total, self._common)], delta.numel()))
+            self._add(*spectra.each([partial(spectra.leading, total, self._common)], delta.numel(), on_cpu))
             del total
-        self._add(*spectra.each([partial(self._remainder, delta)], delta.numel()))
+        self._add(*spectra.each([partial(self._remainder, delta)], delta.numel(), on_cpu))
 
     def _remainder(self, delta: Tensor) -> spectra.Leading:
         """Leading directions of what an expert has beside the sum's."""
@@ -127,12 +131,13 @@ class _Both(Solver):
         left, right = (basis[: sum(self._sizes)] for basis in self._bases)
         numel, small = self._bases[0].shape[1] * self._bases[1].shape[1], len(self._bases[0])
         common = self._sizes[0]  # orthogonal to the experts' on the left as they are
-        works = [partial(spectra.polar, left[common:], self._sizes[1:]), partial(spectra.polar, right, self._sizes)]
-        own, found = spectra.each(works, numel)
+        polar = partial(polars.polar, products=Products.on(self.queue, self._precision))
+        works = [partial(polar, left[common:], self._sizes[1:]), partial(polar, right, self._sizes)]
+        own, found = spectra.each(works, numel, self.queue is None)
         self.routes = [own.route, found.route]
         left[common:] = own.factor
         left *= self._total / small
-        return spectra.each([lambda: left.T @ found.factor], numel)[0]
+        return spectra.each([lambda: left.T @ found.factor], numel, self.queue is None)[0]
 
 
 # By hand: the sum diag(5, 1) is all common at common_fraction 1: diag(3, 3). At 0 each expert gives one direction,

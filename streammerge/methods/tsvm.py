@@ -12,32 +12,40 @@ expert comes out as it is: k is its whole rank. Where the paper leaves freedom:
     directions that experts share (to 1e-5) are kept once: equal experts merge to the k leading directions of one
     matrices with fewer rows or columns than experts count as none: see `other`
 
-`solver: gram` takes subspaces from fp64 Gram matrices and polar factors from fp32 products (_spectra.py), `solver: svd`
-decomposes whole matrices in fp64. They agree to 3e-5 in norm, unless an expert's singular values k and k + 1 are nearly
-equal: then the paper does not say which direction is kept.
+`solver: gram` takes subspaces from fp64 Gram matrices (_spectra.py) and polar factors from fp32 products (_polar.py),
+`solver: svd` decomposes whole matrices in fp64. They agree to 3e-5 in norm, unless an expert's singular values k and
+k + 1 are nearly equal: then the paper does not say which direction is kept. Of an adapter the directions come from its
+two factors.
+
+Tall matrices go by squares of their columns, see _tall.py and _tsvm_rows.py.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
 from streammerge.method import TileMethod, param
+from streammerge.methods import _polar as polars
 from streammerge.methods import _spectra as spectra
-from streammerge.methods._matrices import FP32, MatrixMethod, Solver
+from streammerge.methods._matrices import EIGH, FP32, FP64, Solver
+from streammerge.methods._precision import Products
+from streammerge.methods._tall import One, RowsMethod, RowSolver
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Tsvm(MatrixMethod):
+class Tsvm(RowsMethod):
     """Orthogonal task singular vectors."""
 
     summary = "each expert's leading singular directions, made orthogonal to the others'"
     source = "Gargiulo et al. 2024, arXiv:2412.00081"
+    product = "polar_step"
 
     solver_: str = param("gram", "gram: eigenvectors of Gram matrices, and products; svd: plain and slow, in fp64")
 
@@ -45,15 +53,25 @@ class Tsvm(MatrixMethod):
         super().__post_init__()
         if self.solver_ not in ("gram", "svd"):
             raise RecipeError(f"tsvm: solver is {self.solver_!r}; one of gram, svd")
+        if self.solver_ == "svd" and self.precision != "fp32":
+            raise RecipeError(f"tsvm: precision is {self.precision}, and solver svd computes in fp64; leave one out")
 
     def for_tensor(self, name: str, shape: tuple[int, ...], experts: int) -> TileMethod:
         few = len(shape) == 2 and min(shape) < experts
         return super().for_tensor(name, shape[:1] if few else shape, experts)
 
     def solver(self, rows: int, columns: int, experts: int) -> Solver:
-        return Directions(experts, min(rows, columns) // experts, self.solver_ == "svd")
+        return Directions(experts, min(rows, columns) // experts, self.solver_ == "svd", self.precision)
 
     def bytes_kept(self, rows: int, columns: int, experts: int) -> int:
+        return self._bytes(rows, columns, experts, min(experts, spectra.CORES))
+
+    def bytes_kept_there(self, rows: int, columns: int, experts: int) -> int:
+        library = EIGH * FP64 * min(rows, columns) ** 2
+        return self._bytes(rows, columns, experts, 1) + library if experts > 1 else 0
+
+    def _bytes(self, rows: int, columns: int, experts: int, at_once: int) -> int:
+        """With so many small matrices at once."""
         if experts == 1:
             return 0
         small, rank = min(rows, columns), min(rows, columns) // experts
@@ -64,48 +82,70 @@ class Tsvm(MatrixMethod):
             found = factor = spectra.FP64 * (4 * whole + 9 * small * small)
         else:
             found = spectra.leading_bytes(rows, columns, rank)
-            factor = spectra.polar_bytes(side, max(rows, columns), wide)
+            factor = polars.polar_bytes(side, max(rows, columns), wide)
         if whole > spectra.SMALL:
             return bases + max(found, FP32 * side * small + factor)
         waiting = FP32 * whole * (experts - 1) + spectra.FP64 * experts * rank * (rows + columns)
-        return bases + max(waiting + min(experts, spectra.CORES) * found, 2 * factor)
+        return bases + max(waiting + at_once * found, 2 * factor)
+
+    def by_rows(self, shape: tuple[int, ...]) -> bool:
+        return self.solver_ == "gram" and super().by_rows(shape)
+
+    def row_rounds(self, experts: int) -> tuple[int, int]:
+        return experts, int(experts > 1)
+
+    def row_solver(self, columns: int, experts: int) -> RowSolver:
+        from streammerge.methods._tsvm_rows import Rows
+
+        return Rows(experts, columns // experts) if experts > 1 else One()
+
+    def row_bytes(self, columns: int, experts: int) -> int:
+        from streammerge.methods._tsvm_rows import bytes_kept
+
+        return bytes_kept(columns, experts) if experts > 1 else 0
 
 
 class Directions(Solver):
     """The experts' leading directions as rows, one expert below the other."""
 
-    def __init__(self, experts: int, rank: int, plain: bool) -> None:
+    def __init__(self, experts: int, rank: int, plain: bool, precision: str = "fp32") -> None:
         assert rank > 0
         self.routes: list[str] = []  # how the polar factors were found, left and right
-        self._experts, self._rank = experts, rank
-        self._leading, self._polar = (decomposed, orthogonal) if plain else (spectra.leading, spectra.polar)
+        self._experts, self._rank, self._plain, self._precision = experts, rank, plain, precision
+        self._leading = decomposed if plain else spectra.leading
         self._wide = plain or experts == 2
         self._waiting: list[Tensor] = []
-        self._bases: list[Tensor] = []
+        self._sides: tuple[list[Tensor], list[Tensor]] = ([], [])  # left and right, a block of rows for each expert
         self._values: list[Tensor] = []
 
     def take(self, expert: int, delta: Tensor) -> None:
         last = expert == self._experts - 1
         small = delta.numel() <= spectra.SMALL
         self._waiting.append(delta.clone() if small and not last else delta)
-        if self._experts == 1 or (small and not last):
+        if self._experts > 1 and (last or not small):
+            self._decompose()
+
+    def take_factors(self, expert: int, b: Tensor, a: Tensor) -> None:
+        if self._experts == 1:
+            super().take_factors(expert, b, a)
+            return
+        self._decompose()
+        self._add(spectra.leading_of_factors(b, a, self._rank))
+
+    def _decompose(self) -> None:
+        if not self._waiting:
             return
         works = [partial(self._leading, waiting, self._rank) for waiting in self._waiting]
-        for found in spectra.each(works, delta.numel()):
+        for found in spectra.each(works, self._waiting[0].numel(), self.queue is None):
             self._add(found)
         self._waiting.clear()
 
     def _add(self, found: spectra.Leading) -> None:
         import torch
 
-        sides = found.left, found.right
-        if not self._bases:
-            kind = torch.float64 if self._wide else torch.float32
-            rows = self._experts * self._rank
-            self._bases = [side.new_empty(rows, side.shape[1], dtype=kind) for side in sides]
-        at = sum(len(values) for values in self._values)
-        for basis, side in zip(self._bases, sides, strict=True):
-            basis[at : at + len(side)] = side
+        kind = torch.float64 if self._wide else torch.float32
+        for blocks, side in zip(self._sides, (found.left, found.right), strict=True):
+            blocks.append(side.to(kind))
         self._values.append(found.values)
 
     def finish(self) -> Tensor:
@@ -114,33 +154,42 @@ class Directions(Solver):
         if self._experts == 1:
             return self._waiting.pop()
         sizes = [len(values) for values in self._values]
-        works = [partial(self._polar, basis[: sum(sizes)], sizes) for basis in self._bases]
-        numel = self._bases[0].shape[1] * self._bases[1].shape[1]
-        found = spectra.each(works, numel)
+        products = Products.on(self.queue, self._precision)
+        polar = orthogonal if self._plain else partial(polars.polar, products=products)
+        works = []
+        for blocks in self._sides:
+            works.append(partial(polar, torch.cat(blocks), sizes))
+            blocks.clear()
+        numel, on_cpu = math.prod(work.args[0].shape[1] for work in works), self.queue is None
+        found = spectra.each(works, numel, on_cpu)
         del works
-        self._bases.clear()
         self.routes = [each.route for each in found]
         left, right = (each.factor for each in found)
         left *= torch.cat(self._values).to(left.dtype)[:, None]
-        return spectra.each([lambda: torch.mm(left.T, right).float()], numel)[0]
+        return spectra.each([lambda: spectra.product(spectra.crew_for(left), left.T, right).float()], numel, on_cpu)[0]
 
 
 def decomposed(matrix: Tensor, rank: int) -> spectra.Leading:
     """The same as `leading`, from the whole singular value decomposition."""
     import torch
 
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False, driver=_driver(matrix))
     rank = min(rank, int((values > spectra.DROP * values[0]).sum()))
-    return spectra.Leading(left[:, :rank].T, values[:rank], right[:rank])
+    return spectra.Leading(left[:, :rank].T.contiguous(), values[:rank], right[:rank].clone())
 
 
-def orthogonal(x: Tensor, sizes: list[int]) -> spectra.Polar:
+def orthogonal(x: Tensor, sizes: list[int]) -> polars.Polar:
     """The polar factor from the whole singular value decomposition, fp64."""
     import torch
 
-    left, values, right = torch.linalg.svd(x, full_matrices=False)
-    kept = values > spectra.CUTOFF * values[:1]
-    return spectra.Polar(left[:, kept] @ right[kept], "svd", 0.0)
+    left, values, right = torch.linalg.svd(x, full_matrices=False, driver=_driver(x))
+    kept = values > polars.CUTOFF * values[:1]
+    return polars.Polar(left[:, kept] @ right[kept], "svd", 0.0)
+
+
+def _driver(x: Tensor) -> str | None:
+    """On a GPU QR: Jacobi, which torch would try first, is slow beyond some hundred rows and less exact."""
+    return "gesvd" if x.is_cuda else None
 
 
 # By hand: with k = 1 each expert gives its larger direction; they are orthogonal already, so the merge is their sum.

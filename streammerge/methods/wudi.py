@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
 from streammerge.method import param, spread
-from streammerge.methods._matrices import MatrixMethod, Solver
+from streammerge.methods._matrices import EIGH, Solver
+from streammerge.methods._tall import One, RowsMethod, RowSolver
 
 if TYPE_CHECKING:
     from streammerge.methods._wudi import Way
@@ -36,11 +37,12 @@ SAFE = 1e-6  # a ridge that Cholesky takes from here; below, eigenvalues that ar
 
 
 @dataclass(frozen=True)
-class Wudi(MatrixMethod):
+class Wudi(RowsMethod):
     """Moves the sum of task vectors to where they disturb each other least."""
 
     summary = "sum of task vectors, moved to where they disturb each other least"
     source = "Cheng et al. 2025, arXiv:2503.08099; spectral: arXiv:2606.07289"
+    product = "adam_gemm"
 
     solver_: str = param("adam", "adam, spectral (gradient flow) or closed_form (its end)")
     iterations: int = param(300, "adam: steps")
@@ -67,6 +69,8 @@ class Wudi(MatrixMethod):
         ):
             if not fits:
                 raise RecipeError(f"wudi: {name} is {getattr(self, name)}, it must be {wanted}")
+        if self.precision != "fp32" and self.solver_ != "adam":
+            raise RecipeError(f"wudi: precision {self.precision} is for solver adam; with {self.solver_} leave it out")
 
     def way(self) -> str:
         """How the merged task vector is found, by its function's name."""
@@ -77,6 +81,12 @@ class Wudi(MatrixMethod):
         return "ridge" if self.ridge >= SAFE else "inverse"
 
     def solver(self, rows: int, columns: int, experts: int) -> Solver:
+        from streammerge.methods import _wudi as sums
+
+        return sums.Gram(experts, *self._chosen(experts), self.precision)
+
+    def _chosen(self, experts: int) -> tuple[Way, bool, list[float] | None]:
+        """The way, whether it is fp64, and the weights where they matter by themselves."""
         from streammerge.methods import _wudi as sums
         from streammerge.methods import _wudi_flow as flows
 
@@ -89,12 +99,30 @@ class Wudi(MatrixMethod):
             "inverse": partial(flows.eigen, strength=partial(flows.inverse, amount=self.ridge)),
         }
         weights = list(spread(self.weight, experts)) if self.balance == "norms" else None
-        return sums.Gram(experts, chosen[way], way in sums.WIDE, weights)
+        return chosen[way], way in sums.WIDE, weights
 
     def bytes_kept(self, rows: int, columns: int, experts: int) -> int:
         from streammerge.methods import _wudi as sums
 
         return sums.bytes_kept(rows, columns, self.way()) if experts > 1 else 0
+
+    def bytes_kept_there(self, rows: int, columns: int, experts: int) -> int:
+        from streammerge.methods import _wudi as sums
+
+        return sums.bytes_kept_there(rows, columns, self.way(), EIGH) if experts > 1 else 0
+
+    def row_rounds(self, experts: int) -> tuple[int, int]:
+        return experts, 0
+
+    def row_solver(self, columns: int, experts: int) -> RowSolver:
+        from streammerge.methods._wudi_rows import Rows
+
+        return Rows(experts, *self._chosen(experts)) if experts > 1 else One()
+
+    def row_bytes(self, columns: int, experts: int) -> int:
+        from streammerge.methods._wudi_rows import bytes_kept
+
+        return bytes_kept(columns, experts, self.way()) if experts > 1 else 0
 
 
 # By hand: rows e1 and e2 share no direction, so the sum is stationary. For (1, 0; 0, 0) twice C is diag(2, 0) and D

@@ -5,6 +5,8 @@ slots     inputs of steps: one is filled while another is worked on; the tiles o
 outs      results of steps: one is made while another travels back
 batches   the small memory of launches: tables, counts, flags
 state     what surveys add up over a tensor
+solver    what methods on whole matrices compute with. Torch's allocator hands it out, beside the piece that the plan
+          lays out: its sizes are the solvers' own
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 
 from streammerge.budget import MIB
 from streammerge.formats.dtypes import DTYPES
+from streammerge.method import TensorMethod
 from streammerge.planner.steps import PlannedTensor, Step
 
 SLOTS = 3  # steps on the device at least: one arriving, one at work, one whose place is being freed
@@ -24,6 +27,7 @@ ALIGN = 256
 LARGE = 1 << 16  # bytes of a result from which on it is worth a copy of its own, aligned
 CONTEXT = 640 * MIB  # what the driver and torch take of a GPU before the first tensor
 SEGMENT = 2 * MIB  # torch takes memory from the driver in multiples of this
+ANSWER = 4  # bytes of an element of a matrix that is solved and waits to be merged
 
 
 def align(size: int, unit: int = ALIGN) -> int:
@@ -32,7 +36,7 @@ def align(size: int, unit: int = ALIGN) -> int:
 
 @dataclass(frozen=True)
 class DeviceLayout:
-    """Bytes of one GPU, by what they are for. They are taken as one piece, before the first step."""
+    """Bytes of one GPU, by what they are for. All but the solver's are taken as one piece, before the first step."""
 
     slots: int
     slot_bytes: int
@@ -40,6 +44,7 @@ class DeviceLayout:
     work_bytes: int
     result_bytes: int
     state_bytes: int
+    solver_bytes: int = 0
 
     @property
     def batch_bytes(self) -> int:
@@ -52,7 +57,7 @@ class DeviceLayout:
 
     @property
     def peak_bytes(self) -> int:
-        return self.arena_bytes + CONTEXT
+        return self.arena_bytes + self.solver_bytes + CONTEXT
 
     @property
     def pinned_bytes(self) -> int:
@@ -75,7 +80,7 @@ def make_layout(tensors: Sequence[PlannedTensor], step: int, out: int, vram: int
 
     More slots than SLOTS only as far as the largest tensor that must be seen whole has a use for them.
     """
-    surveys = max((t.method.survey_bytes(t.job.shape, len(t.job.experts), 1) for t in tensors if t.surveyed), default=0)
+    surveys = max((_survey(t) for t in tensors if t.surveyed), default=0)
     costs = max((_cost(t, step) for t in tensors), default=0)
     fixed = DeviceLayout(
         slots=SLOTS,
@@ -84,12 +89,31 @@ def make_layout(tensors: Sequence[PlannedTensor], step: int, out: int, vram: int
         work_bytes=align(MIB + step // 16 + surveys + costs),
         result_bytes=align(step // 512 + 4096),
         state_bytes=align(surveys + MIB),
+        solver_bytes=align(_solver(tensors, step), SEGMENT),
     )
     if fixed.peak_bytes > vram:
         return None
     tiles = max((-(-t.numel * t.width // (step // 2)) for t in tensors if t.surveyed), default=0)
     room = SLOTS + (vram - fixed.peak_bytes) // fixed.slot_bytes
     return DeviceLayout(**{**vars(fixed), "slots": min(room, max(SLOTS, tiles + 2))})
+
+
+def _survey(tensor: PlannedTensor) -> int:
+    """What the survey of a tensor holds in the arena."""
+    if isinstance(tensor.method, TensorMethod):
+        return 0
+    return tensor.method.survey_bytes(tensor.job.shape, len(tensor.job.experts), 1)
+
+
+def _solver(tensors: Sequence[PlannedTensor], step: int) -> int:
+    """The largest solver's bytes, and the answers to the other matrices of a step: all are solved, then all merged."""
+    most = small = shared = 0
+    for tensor in tensors:
+        if tensor.surveyed and isinstance(tensor.method, TensorMethod):
+            most = max(most, tensor.method.solver_bytes(tensor.job.shape, len(tensor.job.experts)))
+            if tensor.numel * tensor.width <= step:
+                small, shared = small + tensor.numel, max(shared, step // tensor.width)
+    return most + ANSWER * min(small, shared)
 
 
 def _cost(tensor: PlannedTensor, step: int) -> int:

@@ -31,7 +31,8 @@ from streammerge.planner.jobs import (
 )
 from streammerge.planner.layers import Layers
 from streammerge.planner.recipe import Find, Recipe
-from streammerge.planner.settings import Settings, evaluate, filters
+from streammerge.planner.settings import Settings, choose, evaluate, filters
+from streammerge.planner.transport import Transport
 
 if TYPE_CHECKING:
     from streammerge.store.checkpoint import Checkpoint
@@ -54,6 +55,8 @@ def resolve(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], find: Find = 
         CheckpointError: a tensor is missing, or two that should meet do not fit.
     """
     method = find(recipe.merge_method)
+    if recipe.post is not None:
+        method = methods.beside_base(method)
     groups = make_groups(recipe, checkpoints, method)
     resolver = _Resolver(recipe, checkpoints, method)
     jobs = tuple(resolver.job(row) for row in rows(groups))
@@ -73,14 +76,16 @@ class _Resolver:
     def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], method: type[methods.Method]) -> None:
         self.recipe, self.method = recipe, method
         self.known = methods.parameters(method)
+        self.after = {} if recipe.post is None else methods.parameters(methods.find_post(recipe.post.name))
         self.stored = recipe.out_dtype or recipe.dtype
         scales = {
             model: quantised(checkpoints[model].tensors.values(), checkpoints[model].tensors)
             for model in recipe.references
         }
-        copies = recipe.merge_method == COPY
+        copies = recipe.merge_method == COPY and recipe.post is None
         self.kept = {model: {*found, *found.values()} if copies else set() for model, found in scales.items()}
         self.scales = {model: {} if copies else found for model, found in scales.items()}
+        self.transport = Transport(recipe, checkpoints) if recipe.beside else None
         self.copied: dict[str, list[str]] = defaultdict(list)
         self.used: dict[str, set[str]] = defaultdict(set)
 
@@ -96,13 +101,15 @@ class _Resolver:
             if len(group.inputs) > 1:
                 self.copied[model].append(row.name)
             return copy_job(row.name, anchor)
+        if self.transport is not None:
+            values = {name: self.value(param, row, group.experts(self.method)) for name, param in self.known.items()}
+            return self.transport.job(row, anchor, self.stored or anchor.dtype, values, self.scales)
         specs = [row.spec(i) for i in range(len(group.inputs))]
         for spec, each in zip(specs, group.inputs, strict=True):
             check_unscaled(spec.name, self.scales[each.model], each.model)
             check_alike(spec, each.model, anchor, model)
         experts = group.experts(self.method)
-        beside = self.method.needs_base or not self.method.base_is_expert
-        has_base = beside and group.inputs[group.anchor].is_base
+        has_base = self.method.takes_base() and group.inputs[group.anchor].is_base
         return Job(
             row.name,
             anchor if has_base else None,
@@ -111,7 +118,16 @@ class _Resolver:
             self.recipe.merge_method,
             self.stored or anchor.dtype,
             anchor.shape,
+            self.post(row),
         )
+
+    def post(self, row: Row) -> tuple[str, dict[str, Any]] | None:
+        """What is done to the merge of one tensor, with its parameters there."""
+        post = self.recipe.post
+        if post is None:
+            return None
+        scopes = (post.parameters,)
+        return post.name, {name: self._first(param, scopes, row.name, row, None) for name, param in self.after.items()}
 
     def _quantised_copy(self, row: Row, spec: TensorSpec) -> Job:
         """A quantised tensor, or its scales, as it is: neither dtype nor any parameter can change it."""
@@ -133,7 +149,8 @@ class _Resolver:
     def _first(self, param: methods.Param, scopes: Sequence[Settings], name: str, row: Row, which: int | None) -> Any:
         for scope in scopes:
             if param.name in scope:
-                value = evaluate(scope[param.name], name, row.t, param.kind)
+                setting = scope[param.name]
+                value = choose(setting, name) if param.several else evaluate(setting, name, row.t, param.kind)
                 if value is not None:
                     return value
         if param.default is methods.REQUIRED:
@@ -155,6 +172,8 @@ class _Resolver:
         """What was copied and what was left out."""
         for model, names in self.copied.items():
             yield f"{_count(names, 'tensor')} no arithmetic can merge, copied from {model} ({_some(names)})"
+        if self.transport is not None and (names := self.transport.unmatched):
+            yield f"{_count(names, 'tensor')} without a source or votes ({_some(names)})"
         left: dict[str, dict[str, None]] = defaultdict(dict)
         for group in groups:
             for model, names in left_over(group, self.used):
@@ -177,6 +196,7 @@ def _unread(recipe: Recipe, groups: Sequence[Group], method: type[methods.Method
             if own and each.is_base and not method.base_is_expert:
                 yield f"{group.at}: {', '.join(own)} of {each.model} is not read; the base model is no expert"
     scopes = [recipe.parameters, *(g.parameters for g in groups), *(s.parameters for s in recipe.sources)]
+    scopes += [] if recipe.post is None else [recipe.post.parameters]
     wanted = dict.fromkeys(text for scope in scopes for text in filters(scope))
     if wanted:
         names = {name for row in rows(groups) for name in (row.name, *row.names)}

@@ -138,7 +138,8 @@ def make_groups(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], method: t
         inputs = [enter(source, base) for source in part.sources]
         found.append(Group(tuple(inputs), part.parameters, at, base))
     for group in found:
-        _check_inputs(group, recipe.merge_method, method)
+        beside = "" if recipe.post is None else f" with post: {recipe.post.name}"
+        _check_inputs(group, recipe.merge_method + beside, method)
         if recipe.slices:
             _check_layers(group)
     return found
@@ -151,8 +152,7 @@ def _check_inputs(group: Group, name: str, method: type[methods.Method]) -> None
             raise RecipeError(f"{group.at}: {model} is listed twice; list it once")
     if method.needs_base and group.base is None:
         raise RecipeError(f"{group.at}: {name} needs a base_model; name the model that the others were fine-tuned from")
-    uses_base = method.needs_base or not method.base_is_expert
-    if uses_base and group.base is not None and group.base not in models:
+    if method.takes_base() and group.base is not None and group.base not in models:
         raise RecipeError(f"{group.at}: the base model {group.base} must be one of the sources")
     count = len(group.experts(method))
     wanted = _wanted(count, method.min_experts, method.max_experts)

@@ -28,8 +28,9 @@ _STEMS = (".weight", ".qweight", "_blocks", "_packed")
 class Job:
     """How one output tensor is made.
 
-    `parameters` are the method's by their recipe names; per-expert ones are tuples, one value per expert. A
-    copy is the method passthrough with no parameters, no base and one expert of the output's dtype.
+    `parameters` are the method's by their recipe names; per-expert ones are tuples, one value per expert. `post` is
+    the name and the parameters of what is done to its merge. A copy is the method passthrough with no parameters, no
+    base and one expert of the output's dtype.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Job:
     method: str
     dtype: str
     shape: tuple[int, ...]
+    post: tuple[str, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from streammerge import __version__, kernel
 from streammerge.budget import MIB, cores, human, resident
 from streammerge.errors import BudgetTooSmall, RecipeError
-from streammerge.method import TensorMethod, TileMethod, build, find
+from streammerge.method import LayerMethod, TensorMethod, TileMethod, build, find, find_post
 from streammerge.planner.device import SLOTS, DeviceLayout, make_layout
 from streammerge.planner.dialect import Resolution
+from streammerge.planner.jobs import Job
 from streammerge.planner.layout import Layout, lay_out_output
 from streammerge.planner.recipe import Recipe
 from streammerge.planner.steps import Cut, PlannedTensor, Step, merge_steps, sample_bytes, smallest_step
@@ -35,7 +36,8 @@ GPU_TILES = 2  # times that on a GPU, where a step passes the bus in less time t
 DEPTH = 4  # steps the ring holds where nothing must be resident: one read, one merged, two on their way
 NOMINAL_RATE = 1e9  # bytes a second that `seconds` assumes of a disk; no weight is read to find out
 COMPILER = 128 * MIB  # of the host while a GPU is used: Triton compiles a kernel when it first meets a dtype
-NUMERICS = 1  # raised when a change alters the bits of any result, so that no resumed run mixes two
+LIBRARIES = 128 * MIB  # of the host while matrices are solved there: an allowance for cuBLAS and cuSOLVER, not measured
+NUMERICS = 2  # raised when a change alters the bits of any result, so that no resumed run mixes two
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def make_plan(
     threads = limits.threads or cores()
     used = dict.fromkeys(name for tensor in tensors for name in tensor.method.uses())
     kernels = {name: kernel.describe(name, limits.device) for name in used}
-    held = resident().demand + ALLOWANCE + (COMPILER if limits.on_gpu else 0)
+    solved_there = limits.on_gpu and any(isinstance(tensor.method, TensorMethod) for tensor in tensors)
+    held = resident().demand + ALLOWANCE + (COMPILER if limits.on_gpu else 0) + (LIBRARIES if solved_there else 0)
     held += 2 * max((t.end - t.begin for t in tensors), default=0) if limits.in_memory else 0
     cut, ring, out, extra, layout_there = _cut(tensors, limits, held, threads)
     read = passes = steps = slots = 0
@@ -171,7 +174,7 @@ def make_plan(
         cut=cut,
         ring_bytes=ring,
         out_bytes=out,
-        digest=_digest(recipe, layout, checkpoints, limits.seed),
+        digest=_digest(recipe, layout, checkpoints, limits.seed, solved_there),
         seed=limits.seed,
         threads=threads,
         device=limits.device,
@@ -195,23 +198,33 @@ def make_plan(
 
 
 def _planned(layout: Layout, where: str, limits: Limits) -> Iterator[PlannedTensor]:
-    made: dict[tuple[Any, ...], TileMethod] = {}
+    made: dict[tuple[Any, ...], TileMethod | LayerMethod] = {}
     for place in layout.places:
         job = place.job
-        key = (job.method, *sorted(job.parameters.items()))
+        post, after = job.post or ("", {})
+        key = (job.method, *sorted(job.parameters.items()), post, *sorted(after.items()))
         if key not in made:
             try:
-                method = build(find(job.method), job.parameters)
+                made[key] = _method(job)
             except RecipeError as error:
                 raise RecipeError(f"{where}: tensor {job.name!r}: {error}") from None
-            if not isinstance(method, TileMethod):
-                raise RecipeError(f"{job.method} is a {method.sees} method; this engine runs tile methods only")
-            made[key] = method
         method = made[key].for_tensor(job.name, job.shape, len(job.experts))
-        if limits.on_gpu and isinstance(method, TensorMethod):
-            raise RecipeError(f"{job.method} runs on the CPU so far; give --device cpu")
+        if job.base is not None and not method.takes_base():
+            job = replace(job, base=None)
+        if why := method.refusal(limits.device):
+            raise RecipeError(f"{job.method} {why}")
         surveyed = method.survey(job.shape, len(job.experts)) is not None
         yield PlannedTensor(job, method, surveyed, place.shard, place.begin, place.end)
+
+
+def _method(job: Job) -> TileMethod | LayerMethod:
+    """What merges a job's tensor: its method, or what is done to that one's merge."""
+    method = build(find(job.method), job.parameters)
+    assert isinstance(method, (TileMethod, LayerMethod))
+    if job.post is None:
+        return method
+    name, parameters = job.post
+    return cast(TileMethod, build(find_post(name), {"of": method, **parameters}))
 
 
 def _cut(
@@ -227,7 +240,7 @@ def _cut(
     there: DeviceLayout | None = None
     while True:
         step = max(step, smallest)
-        extra = max((_cost(t, step, threads) for t in tensors), default=0)
+        extra = max((_cost(t, step, threads, limits.on_gpu) for t in tensors), default=0)
         out = _out_bytes(tensors, step)
         ring = max(DEPTH * step, sample + PAGE)
         there = make_layout(tensors, step, out // DEPTH, limits.vram) if limits.on_gpu else None
@@ -269,10 +282,11 @@ def _rounds(tensor: PlannedTensor) -> int:
     return tensor.method.rounds(len(tensor.job.experts))
 
 
-def _cost(tensor: PlannedTensor, step: int, threads: int) -> int:
+def _cost(tensor: PlannedTensor, step: int, threads: int, on_gpu: bool) -> int:
     numel = min(tensor.numel, max(1, step // tensor.width))
     experts = len(tensor.job.experts)
-    kept = tensor.method.survey_bytes(tensor.job.shape, experts, threads) if tensor.surveyed else 0
+    here = tensor.surveyed and not (on_gpu and isinstance(tensor.method, TensorMethod))
+    kept = tensor.method.survey_bytes(tensor.job.shape, experts, threads) if here else 0
     return tensor.method.cost(numel, experts, "cpu").host * threads + kept
 
 
@@ -284,7 +298,9 @@ def _out_bytes(tensors: Sequence[PlannedTensor], step: int) -> int:
     return round_up(DEPTH * (max(largest, HEADER_PIECE) + 2 * PAGE))
 
 
-def _digest(recipe: Recipe, layout: Layout, checkpoints: Mapping[str, Checkpoint], seed: int) -> str:
+def _digest(
+    recipe: Recipe, layout: Layout, checkpoints: Mapping[str, Checkpoint], seed: int, solved_there: bool
+) -> str:
     """Names the work: the same recipe on the same inputs with the same output layout gives the same bytes."""
     work = {
         "version": __version__,
@@ -293,13 +309,14 @@ def _digest(recipe: Recipe, layout: Layout, checkpoints: Mapping[str, Checkpoint
         "inputs": {name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
         "layout": [hashlib.sha256(shard.header).hexdigest() for shard in layout.shards],
         "seed": seed,
+        **({"solved_on": "cuda"} if solved_there else {}),  # its libraries round differently from the CPU's
     }
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
 
 def _stamp(tensors: Sequence[PlannedTensor]) -> str:
     """Sizes and times of the input files: work on files that changed since must not be taken up again."""
-    files = sorted({spec.file for tensor in tensors for spec in tensor.inputs})
+    files = sorted({spec.file for tensor in tensors for spec in tensor.inputs if spec.file})
     seen = [(file, status.st_size, status.st_mtime_ns) for file in files if (status := os.stat(file))]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 

@@ -1,8 +1,9 @@
 """What the user asks, in mergekit's dialect: checked when it is read, frozen afterwards.
 
-    merge_method  base_model  dtype  out_dtype  tokenizer_source  parameters
+    merge_method  base_model  dtype  out_dtype  tokenizer_source  parameters  post
     models:  [{model, parameters}]                            whole models, or
     slices:  [{sources: [{model, layer_range: [a, b), parameters}], base_model, parameters}]
+    post:    svc, or {svc: {floor: 0.5}}                      what is done to the merge of each tensor
 
 Every parameter's name and kind is checked against the method, so that a slip of the pen is found before a
 file is opened. What mergekit knows and streammerge does not (yet) is refused by name. A method may own
@@ -31,6 +32,7 @@ KEYS = (
     "models",
     "slices",
     "parameters",
+    "post",
     "dtype",
     "out_dtype",
     "tokenizer_source",
@@ -61,9 +63,20 @@ class Slice:
     parameters: Settings = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A post-processing by its name, with its parameters."""
+
+    name: str
+    parameters: Settings = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A checked request. One of `models` and `slices` is empty; dtypes are the header's strings."""
+    """A checked request. One of `models` and `slices` is empty; dtypes are the header's strings.
+
+    `extra` is what the method's own keys say, `beside` the models among that.
+    """
 
     merge_method: str
     models: tuple[Source, ...] = ()
@@ -75,6 +88,8 @@ class Recipe:
     tokenizer_source: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     where: str = field(default="recipe", compare=False)
+    post: Post | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -84,7 +99,7 @@ class Recipe:
     @property
     def references(self) -> tuple[str, ...]:
         """Every model that must be opened, each once: the base first, then in the recipe's order."""
-        named = [self.base_model, *(source.model for source in self.sources)]
+        named = [self.base_model, *(source.model for source in self.sources), *self.beside]
         return tuple(dict.fromkeys(model for model in named if model is not None))
 
     def canonical(self) -> dict[str, Any]:
@@ -98,6 +113,7 @@ class Recipe:
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "tokenizer_source": self.tokenizer_source,
+            "post": None if self.post is None else {self.post.name: canonical(self.post.parameters)},
             **self.extra,
         }
         return _filled(found)
@@ -178,6 +194,24 @@ def check_parameters(method: type[methods.Method], name: str, given: Mapping[str
     return values
 
 
+def find_post(raw: Any, at: str) -> tuple[type[methods.Method], str, dict[str, Any]]:
+    """What `post` names: its class, its name, and the parameters that are given, unchecked.
+
+    Raises:
+        RecipeError: it names none, or several.
+    """
+    table = {raw: None} if isinstance(raw, str) else mapping(raw, at)
+    if len(table) != 1:
+        raise RecipeError(f"{at}: {len(table)} names; give one, as svc or {{svc: {{floor: 0.5}}}}")
+    ((name, given),) = table.items()
+    text(name, at)
+    try:
+        found = methods.find_post(name)
+    except RecipeError as error:
+        raise RecipeError(f"{at}: {error}") from None
+    return found, name, {} if given is None else mapping(given, f"{at}.{name}")
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Reads the parts of one recipe; `where` starts every message."""
@@ -205,8 +239,10 @@ class _Reader:
             self.dtype(data, "dtype"),
             self.dtype(data, "out_dtype"),
             self.tokenizer(data),
-            {key: data[key] for key in self.method.keys if key in data},
+            self.method.read_keys({k: data[k] for k in self.method.keys if k in data}, len(models), self.where),
             self.where,
+            self.post(data.get("post")),
+            tuple(reference(data[key], f"{self.where}: {key}") for key in self.method.beside if key in data),
         )
         self.check_tokenizer(recipe)
         return recipe
@@ -229,6 +265,15 @@ class _Reader:
         layers = layer_range(raw["layer_range"], f"{at}.layer_range") if ranged else None
         model = reference(raw["model"], f"{at}.model")
         return Source(model, self.settings(raw.get("parameters"), f"{at}.parameters"), layers)
+
+    def post(self, raw: Any) -> Post | None:
+        if raw is None:
+            return None
+        at = f"{self.where}: post"
+        found, name, given = find_post(raw, at)
+        if self.method.sees == "layer":
+            raise RecipeError(f"{at}: {name} works on one tensor at a time, {self.name} on whole layers; leave it out")
+        return Post(name, _Reader(self.where, name, found).settings(given, f"{at}.{name}"))
 
     def base(self, raw: Mapping[str, Any], prefix: str) -> str | None:
         given = raw.get("base_model")

@@ -114,6 +114,11 @@ def evaluate(setting: Setting, name: str, t: float, kind: type) -> Scalar | None
     return None
 
 
+def choose(setting: Setting, name: str) -> Scalar | tuple[Scalar, ...] | None:
+    """What a rule says of one tensor, a list as it is; None if no rule matches its name."""
+    return next((rule.value for rule in setting if rule.matches(name)), None)
+
+
 def _at(points: tuple[Scalar, ...], t: float, kind: type, name: str) -> Scalar:
     at = t * (len(points) - 1)
     left = int(at)

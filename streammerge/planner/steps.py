@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from streammerge.formats.dtypes import DTYPES
+from streammerge.formats.dtypes import DTYPES, SIGNS, bits_of
 from streammerge.formats.header import TensorSpec
 from streammerge.method import SAMPLE, SLICES, TileMethod
 from streammerge.planner.jobs import Job
@@ -98,7 +98,7 @@ class Step:
 
 def itemsize(spec: TensorSpec) -> int:
     """Bytes of an element; sub-byte dtypes are handled as whole bytes of their data."""
-    return max(1, DTYPES[spec.dtype].bits // 8)
+    return max(1, bits_of(spec.dtype) // 8)
 
 
 def lay_out(tensors: Sequence[PlannedTensor], pieces: Sequence[Piece]) -> tuple[list[Extent], list[Piece], int]:
@@ -138,8 +138,8 @@ def lay_out(tensors: Sequence[PlannedTensor], pieces: Sequence[Piece]) -> tuple[
 
 
 def _range(spec: TensorSpec, piece: Piece) -> tuple[int, int]:
-    width = itemsize(spec)
-    return spec.begin + piece.start * width, spec.begin + (piece.start + piece.numel) * width
+    bits = bits_of(spec.dtype) if spec.dtype == SIGNS else 8 * itemsize(spec)
+    return spec.begin + piece.start * bits // 8, spec.begin + -(-(piece.start + piece.numel) * bits // 8)
 
 
 def _same(one: TensorSpec, other: TensorSpec) -> bool:

@@ -2,6 +2,7 @@
 
     {"digest": "...", "version": 1}                  the plan this work belongs to; first line
     {"shard": "model-1.safetensors", "done": 4096}   bytes [0, done) of the shard are on the disk
+    {"shard": "model-1.safetensors", "tensor": "w"}  this tensor of a shard that is written in any order is
     {"shard": "model-1.safetensors", "sha256": ".."} the shard is complete, and this is its hash
     {"note": {...}}                                  what the run noticed in the bytes that the next line makes durable
 
@@ -30,6 +31,7 @@ class Progress:
     digest: str = ""
     finished: dict[str, str] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, set[str]] = field(default_factory=dict)  # by shard: those that are durable
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by their text: work done twice is noted twice
 
 
@@ -48,6 +50,8 @@ def read(folder: Path) -> Progress:
                 progress.finished[entry["shard"]] = entry["sha256"]
             elif "done" in entry:
                 progress.done[entry["shard"]] = entry["done"]
+            elif "tensor" in entry:
+                progress.tensors.setdefault(entry["shard"], set()).add(entry["tensor"])
             elif isinstance(entry["note"], dict):
                 progress.notes[json.dumps(entry["note"])] = entry["note"]
         except (ValueError, KeyError, TypeError):

@@ -16,7 +16,9 @@ from streammerge.errors import CheckpointError, MachineError
 @pytest.fixture
 def merged(tmp_path):
     rng = np.random.default_rng(1)
-    base = {f"layers.{i}.{kind}.weight": rng.normal(size=(12, 20)).astype(np.float32) for i in range(3) for kind in "qk"}
+    base = {
+        f"layers.{i}.{kind}.weight": rng.normal(size=(12, 20)).astype(np.float32) for i in range(3) for kind in "qk"
+    }
     models = {"base<&>": base}
     for name in "ab":
         models[name] = {key: (w + 0.1 * rng.normal(size=w.shape)).astype(np.float32) for key, w in base.items()}

@@ -56,7 +56,12 @@ def between(name: str, mark: str) -> str:
 
 
 def example_of(name: str) -> tuple[methods.TileMethod, int]:
-    """A method with ordinary parameters, and how many experts it gets."""
+    """A method with ordinary parameters, and how many experts it gets; a post-processing after task_arithmetic."""
+    if name in methods.posts():
+        before, experts = example_of("task_arithmetic")
+        after = methods.build(methods.find_post(name), {"of": before})
+        assert isinstance(after, methods.TileMethod)
+        return after.for_tensor("w", SHAPE, experts), experts
     cls = methods.find(name)
     known = methods.parameters(cls)
     experts = min(2, cls.max_experts or 2)
@@ -69,6 +74,8 @@ def example_of(name: str) -> tuple[methods.TileMethod, int]:
 
 def sees_and_holds(name: str) -> tuple[str, str]:
     """Whether the whole tensor is surveyed first, and the bytes beside inputs and results."""
+    if name not in methods.posts() and methods.find(name).sees == "layer":
+        return "layers, with samples", "see its plan"
     made, experts = example_of(name)
     surveyed = made.survey(SHAPE, experts) is not None
     held = made.cost(TILE, experts, "cpu").host * THREADS
@@ -89,12 +96,13 @@ def methods_table() -> str:
         least, most = row["models"]
         models = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
         if row["base_model"] == "needed":
-            models += " + base"
+            models = "any method's + base" if row["post"] else f"{models} + base"
         elif not methods.find(row["name"]).base_is_expert:
             models += " (+ base)"
         parameters = ", ".join(map(parameter, row["parameters"]))
         sees, holds = sees_and_holds(row["name"])
-        rows.append([f"`{row['name']}`", row["source"], models, sees, parameters, holds])
+        named = f"`post: {row['name']}`" if row["post"] else f"`{row['name']}`"
+        rows.append([named, row["source"], models, sees, parameters, holds])
     return table(["method", "source", "models", "must see", "parameters and defaults", "holds"], rows)
 
 

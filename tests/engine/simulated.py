@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from contextlib import contextmanager
 
 import torch
 
@@ -52,13 +53,28 @@ class Stream:
     def __init__(self, world: World) -> None:
         self._world = world
         self.waiting: deque = deque()
+        self._held = False  # torch's operations go here: the host is no longer ahead
 
     def copy(self, target, source) -> None:
         assert target.numel() == source.numel()
-        self.waiting.append(("run", lambda: target.copy_(source)))
+        self.run(lambda: target.copy_(source))
 
     def run(self, work) -> None:
-        self.waiting.append(("run", work))
+        if self._held:
+            work()
+        else:
+            self.waiting.append(("run", work))
+
+    @contextmanager
+    def current(self):
+        """Torch does at once what it is told, so what waits here is done first and nothing is put off meanwhile."""
+        while self.waiting:
+            assert self._world.step(), "the streams wait for each other"
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def mark(self) -> Event:
         event = Event(self._world)

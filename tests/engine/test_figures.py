@@ -34,7 +34,9 @@ def test_a_plan_names_solvers_and_a_report_tells_how_it_went(recipe, tmp_path):
     assert set(report["matrices"]) == set(NAMES)
     for name in NAMES:
         found = report["matrices"][name]
-        tensors = {model: load_file(tmp_path / model / "model.safetensors")[name] for model in ("base", "a", "b", "out")}
+        tensors = {
+            model: load_file(tmp_path / model / "model.safetensors")[name] for model in ("base", "a", "b", "out")
+        }
         for i, expert in enumerate("ab", 1):
             assert found[f"norm_{i}"] == pytest.approx(np.linalg.norm(tensors[expert] - tensors["base"]), rel=1e-5)
         assert found["displacement"] == pytest.approx(np.linalg.norm(tensors["out"] - tensors["base"]), rel=1e-5)

@@ -12,7 +12,7 @@ from streammerge import method as methods
 from streammerge.engine.tiles import can_copy
 from streammerge.errors import CheckpointError
 
-NAMES = methods.names()
+NAMES = [name for name in methods.names() if methods.find(name).sees != "layer"]
 DEFAULTS = {"weight": (0.6, 0.4), "density": (0.5, 0.3), "t": 0.3}
 
 

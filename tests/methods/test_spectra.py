@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from streammerge.methods import _polar as polars
 from streammerge.methods import _spectra as spectra
 
 EXACT = 3e-5
@@ -36,13 +37,13 @@ def distance(a, b):
 def test_all_routes_agree(sizes, length):
     x = bases(sizes, length)
     wanted = factor(x)
-    found = {"eigh": spectra.inverse_root(x, spectra.CUTOFF), "ns": spectra.newton_schulz(x.float(), len(sizes))}
+    found = {"eigh": polars.inverse_root(x, polars.CUTOFF), "ns": polars.newton_schulz(x.float(), len(sizes))}
     if len(sizes) == 2:
-        found["pair"] = spectra.pair(x, sizes[0])
+        found["pair"] = polars.pair(x, sizes[0])
     for route, each in found.items():
         assert distance(each.factor, wanted) < EXACT, route
-        assert each.deviation < spectra.ORTHONORMAL
-        assert float(spectra.deviation(each.factor.double())) == pytest.approx(each.deviation, abs=3e-7)
+        assert each.deviation < polars.ORTHONORMAL
+        assert float(polars.deviation(each.factor.double())) == pytest.approx(each.deviation, abs=3e-7)
     assert found["ns"].route in ("newton-schulz 8", "newton-schulz 9")
 
 
@@ -52,9 +53,9 @@ def test_newton_schulz_up_to_condition_3000(seed):
     left, right = (np.linalg.qr(rng.normal(size=(n, 40)))[0] for n in (40, 70))
     x = torch.tensor(left * np.geomspace(1.7, 1.7 / 3e3, 40) @ right.T)
     for blocks in (3, 0):  # with a bound that is known, and without
-        found = spectra.newton_schulz(x.float(), blocks)
+        found = polars.newton_schulz(x.float(), blocks)
         assert distance(found.factor, torch.tensor(left @ right.T)) < EXACT
-        assert found.deviation < spectra.ORTHONORMAL
+        assert found.deviation < polars.ORTHONORMAL
 
 
 def test_bf16_products_would_be_noticed():
@@ -62,33 +63,33 @@ def test_bf16_products_would_be_noticed():
     x = bases((16, 16, 16), 48)
     rounded, gram = (lambda y: y.bfloat16().float()), spectra.gram
     y = x.float() / 1.75
-    for a, b, c in (*spectra.POLAR_EXPRESS, *[spectra.QUINTIC] * 5):
+    for a, b, c in (*polars.POLAR_EXPRESS, *[polars.QUINTIC] * 5):
         square = gram(rounded(y))
         y = a * y + rounded(b * square + c * gram(rounded(square))) @ rounded(y)
     assert distance(y, factor(x)) > 100 * EXACT
-    assert spectra.deviation(y) > 100 * spectra.ORTHONORMAL
+    assert polars.deviation(y) > 100 * polars.ORTHONORMAL
 
 
 def test_coefficients_that_do_not_converge_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(spectra, "QUINTIC", (3.4445, -4.7750, 2.0315))
-    assert spectra.newton_schulz(bases((8, 8), 16).float(), 2) is None
+    monkeypatch.setattr(polars, "QUINTIC", (3.4445, -4.7750, 2.0315))
+    assert polars.newton_schulz(bases((8, 8), 16).float(), 2) is None
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_any_matrix_at_any_scale(scale):
     x = scale * torch.tensor(np.random.default_rng(1).normal(size=(30, 45)))
-    found = spectra.polar(x.float())
+    found = polars.polar(x.float())
     assert distance(found.factor, factor(x)) < EXACT
     assert found.route.startswith("newton-schulz")
 
 
 def test_routes():
-    assert spectra.polar(bases((7,), 9), [0, 7, 0]).route == "orthonormal"
-    assert spectra.polar(bases((4, 4), 9), [4, 0, 4]).route == "pair"
-    assert spectra.polar(bases((4, 4), 9).float(), [4, 4]).route.startswith("newton-schulz")
-    assert spectra.polar(bases((3, 3, 3), 9), [3, 3, 3]).route.startswith("newton-schulz")
-    assert spectra.polar(torch.zeros(3, 9)).route == "eigh"
-    assert spectra.polar(torch.zeros(0, 9), [0, 0]).route == "none"
+    assert polars.polar(bases((7,), 9), [0, 7, 0]).route == "orthonormal"
+    assert polars.polar(bases((4, 4), 9), [4, 0, 4]).route == "pair"
+    assert polars.polar(bases((4, 4), 9).float(), [4, 4]).route.startswith("newton-schulz")
+    assert polars.polar(bases((3, 3, 3), 9), [3, 3, 3]).route.startswith("newton-schulz")
+    assert polars.polar(torch.zeros(3, 9)).route == "eigh"
+    assert polars.polar(torch.zeros(0, 9), [0, 0]).route == "none"
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -96,7 +97,7 @@ def test_routes():
 def test_shared_directions_are_kept_once(count, common):
     """Rows of the polar factor are then shares of one direction: a partial isometry of the rank that there is."""
     sizes = [6] * count
-    found = spectra.polar(bases(sizes, 40, common=common), sizes)
+    found = polars.polar(bases(sizes, 40, common=common), sizes)
     assert found.route == "eigh"
     values = torch.linalg.svdvals(found.factor)
     rank = 6 * count - count + 1
@@ -106,8 +107,8 @@ def test_shared_directions_are_kept_once(count, common):
 
 def test_nothing_comes_of_nothing():
     for rows in (0, 3):
-        assert not spectra.polar(torch.zeros(rows, 9), [rows]).factor.any()
-        assert spectra.polar(torch.zeros(rows, 9)).factor.shape == (rows, 9)
+        assert not polars.polar(torch.zeros(rows, 9), [rows]).factor.any()
+        assert polars.polar(torch.zeros(rows, 9)).factor.shape == (rows, 9)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 40), (30, 100), (100, 30), (2, 7)])
@@ -121,8 +122,38 @@ def test_leading(rows, columns, block, monkeypatch):
     assert torch.allclose(found.values, s[:rank], rtol=1e-12)
     for got, wanted in ((found.left, u[:, :rank].T), (found.right, v[:rank])):
         assert got.is_contiguous()
-        assert spectra.deviation(got) < 1e-12
+        assert polars.deviation(got) < 1e-12
         assert torch.allclose(got.T @ got, wanted.T @ wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner"), [(60, 40, 7), (40, 60, 7), (20, 50, 20), (12, 9, 30), (30, 30, 1)]
+)
+@pytest.mark.parametrize("rank", [3, 15])
+def test_leading_of_factors(rows, columns, inner, rank):
+    """The product is never formed, and as good as decomposed in fp64."""
+    rng = np.random.default_rng(6)
+    b, a = (torch.tensor(rng.normal(size=shape), dtype=torch.float32) for shape in ((rows, inner), (inner, columns)))
+    dense = b.double() @ a.double()
+    u, s, v = torch.linalg.svd(dense, full_matrices=False)
+    kept = min(rank, inner, rows, columns)
+    found = spectra.leading_of_factors(b, a, rank)
+    assert torch.allclose(found.values, s[:kept], rtol=1e-12)
+    wanted = u[:, :kept] * s[:kept] @ v[:kept]
+    assert (found.left.T * found.values @ found.right - wanted).norm() < 1e-12 * dense.norm()
+    for side in (found.left, found.right):
+        assert side.dtype == torch.float64
+        assert polars.deviation(side) < 1e-12
+
+
+def test_leading_of_factors_drops_what_is_rounding():
+    b, a = torch.randn(20, 4), torch.randn(4, 30)
+    b[:, 3] = b[:, 0] * (1 + 1e-7)
+    assert len(spectra.leading_of_factors(b, a, 9).values) == 3
+    for nothing in (0 * b, b[:, :0]):
+        found = spectra.leading_of_factors(nothing, a[: nothing.shape[1]], 9)
+        assert found.left.shape == (0, 20)
+        assert found.right.shape == (0, 30)
 
 
 def test_leading_drops_what_is_rounding():

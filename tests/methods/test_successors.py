@@ -247,57 +247,6 @@ def test_ace_leaves_out_what_has_no_covariance():
     assert not moved("ace", base, [base, base]).any()
 
 
-# --- svc ---
-
-
-def svc(merged, taus, floor):
-    u, s, v = np.linalg.svd(merged, full_matrices=False)
-    factors = []
-    for r in range(len(s)):
-        mine = u[:, r] @ merged
-        its = [u[:, r] @ t for t in taus]
-        shares = [mine @ a / (a @ a) if a.any() else 0.0 for a in its]
-        factors.append(len(taus) / sum(max(floor, share) for share in shares))
-    return (u * s * factors) @ v
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("floor", [0.0, 1.0])
-def test_svc(shape, floor):
-    base, experts = material(shape)
-    taus = wide(base, experts)
-    least = floor or 1 / 3
-    close(moved("svc", base, experts, floor=floor), svc(sum(taus), taus, least), base, 1e-5)
-    mean = svc(0.5 * sum(taus) / 3, taus, least)
-    close(moved("svc", base, experts, floor=floor, options="lambda=0.5 normalize=true"), mean, base, 1e-5)
-    ours = svc(0.8 * cart(taus, 0.3), taus, least)
-    close(moved("svc", base, experts, floor=floor, of="cart", options="rho=0.3, scale=0.8"), ours, base, 1e-5)
-
-
-def test_svc_of_one_expert_is_that_expert():
-    base, experts = material((24, 40), 1)
-    close(moved("svc", base, experts), wide(base, experts)[0], base)
-
-
-@pytest.mark.parametrize(
-    ("values", "why"),
-    [
-        ({"of": "svc"}, "cannot work on svc"),
-        ({"of": "ties"}, "cannot work on ties"),
-        ({"of": "catr"}, "did you mean 'cart'"),
-        ({"of": "cart", "options": "rhoo=1"}, "no parameter of cart"),
-        ({"of": "cart", "options": "rho"}, "no parameter of cart"),
-        ({"of": "cart", "options": "rho=much"}, "is not a float"),
-        ({"of": "cart", "options": "weight=2"}, "svc itself"),
-        ({"of": "cart", "options": "rho=7"}, "rho is 7"),
-        ({"floor": -1.0}, "floor"),
-    ],
-)
-def test_svc_refuses(values, why):
-    with pytest.raises(RecipeError, match=why):
-        build("svc", **values)
-
-
 # --- knots ---
 
 
@@ -345,7 +294,6 @@ RECIPES = {
     "pcb": {"other": "base"},
     "ace": {"embeddings": "matrix"},
     "knots": {"density": [0.2, 0.3, 0.4]},
-    "svc": {"of": "cart", "options": "rho=0.2", "weight": [1.0, 0.5, 0.5]},
 }
 
 

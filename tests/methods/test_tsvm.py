@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from merging import run
+from methods.memory import peak_of
 
 from streammerge import method as methods
 from streammerge.errors import RecipeError
 from streammerge.methods import _spectra as spectra
+from streammerge.methods._matrices import LIBRARY
 from streammerge.methods.tsvm import Directions, Tsvm
 
 SHAPES = [(48, 48, 3), (40, 96, 4), (96, 40, 2), (64, 70, 5), (31, 20, 3), (36, 36, 2), (9, 8, 8)]
@@ -112,6 +114,22 @@ def test_a_sum_of_truncations_whitened_on_both_sides(rows, columns, count):
     assert distance(solve(taus)[0], wanted) < AGREE
 
 
+@pytest.mark.parametrize(("rows", "columns", "count"), SHAPES)
+def test_only_subspaces_matter(rows, columns, count):
+    """P_U blockdiag(B_i^T tau_i C_i) P_V with any bases B_i, C_i of the leading subspaces."""
+    taus, rng = experts(rows, columns, count, seed=12), np.random.default_rng(13)
+    left, cores, right = [], [], []
+    for tau, (u, _, v) in zip(taus, truncated(taus, min(rows, columns) // count), strict=True):
+        left.append(u @ rotation(rng, u.shape[1]))
+        right.append(rotation(rng, len(v)) @ v)
+        cores.append(torch.tensor(left[-1].T @ tau @ right[-1].T))
+    p_u, p_v = polar(np.concatenate(left, 1)), polar(np.concatenate(right))
+    assert np.allclose(p_u.T @ p_u, np.eye(p_u.shape[1]), atol=1e-10)
+    wanted = p_u @ torch.block_diag(*cores).numpy() @ p_v
+    assert distance(wanted, tsvm(taus)) < 1e-9
+    assert distance(solve(taus)[0], wanted) < AGREE
+
+
 def test_orthogonal_tasks_are_truncated_and_added():
     rng = np.random.default_rng(3)
     left, right = rotation(rng, 30), rotation(rng, 24)
@@ -185,6 +203,66 @@ def test_wide_spectra_need_the_fp64_gram(count, monkeypatch):
     assert distance(solve(taus)[0], wanted) > 3 * AGREE
 
 
+@pytest.mark.parametrize("rank", [1, 6, 25])  # k = 20
+@pytest.mark.parametrize("count", [2, 3])
+def test_adapters_are_merged_from_their_factors(rank, count):
+    rng = np.random.default_rng(9)
+    factors = [(rng.normal(size=(70, rank)), rng.normal(size=(rank, 60))) for _ in range(count)]
+    low = [truncated([np.float32(b) @ np.float32(a)], 60 // count)[0] for b, a in factors]
+    low = [(u[:, :rank], s[:rank], v[:rank]) for u, s, v in low]
+    wanted = polar(np.concatenate([u for u, _, _ in low], 1)) @ np.diag(np.concatenate([s for _, s, _ in low]))
+    wanted = wanted @ polar(np.concatenate([v for _, _, v in low]))
+    work = Tsvm().solver(70, 60, count)
+    for i, (b, a) in enumerate(factors):
+        work.take_factors(i, torch.tensor(b).float(), torch.tensor(a).float())
+        assert [tuple(side.shape) for sides in work._sides for side in sides[i:]] == [
+            (min(rank, 60 // count), 70),
+            (min(rank, 60 // count), 60),
+        ]
+    assert distance(work.finish().numpy(), wanted) < AGREE
+
+
+def test_adapters_beside_task_vectors():
+    taus = experts(40, 30, 3)
+    u, s, v = np.linalg.svd(taus[1], full_matrices=False)
+    taus[1] = (u[:, :5] * s[:5]) @ v[:5]
+    wanted = solve(taus)[0]
+    for which in (1, 2):
+        work, order = Tsvm().solver(40, 30, 3), [0, 1, 2] if which == 1 else [0, 2, 1]
+        for i, number in enumerate(order):
+            if i == which:
+                work.take_factors(i, torch.tensor(u[:, :5] * s[:5]), torch.tensor(v[:5]))
+            else:
+                work.take(i, torch.tensor(taus[number]))
+        assert distance(work.finish().numpy(), wanted) < AGREE
+
+
+@pytest.mark.parametrize(("name", "count"), [("tsvm", 1), ("wudi", 2), ("cart", 2)])
+def test_solvers_without_a_way_for_factors_get_the_product(name, count):
+    factors = [(torch.randn(30, 4), torch.randn(4, 20)) for _ in range(count)]
+    low, dense = (methods.build(methods.find(name), {"weight": 1.0}).solver(30, 20, count) for _ in range(2))
+    for i, (b, a) in enumerate(factors):
+        low.take_factors(i, b, a)
+        dense.take(i, (b.double() @ a.double()).float())
+    assert torch.equal(low.finish(), dense.finish())
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "options"),
+    [
+        ((1024, 1800), 2, {}),
+        ((800, 800), 6, {}),
+        pytest.param((1984, 1984), 3, {}, marks=pytest.mark.slow),
+        pytest.param((5504, 2048), 3, {}, marks=pytest.mark.slow),
+        pytest.param((1000, 1200), 3, {"solver": "svd"}, marks=pytest.mark.slow),
+    ],
+)
+def test_peak_is_what_is_declared(shape, count, options):
+    peak, declared = peak_of("tsvm", options, shape, count)
+    assert peak <= declared
+    assert declared - LIBRARY <= 2 * peak
+
+
 def test_mean_of_vectors_is_scaled_too_and_small_matrices_count_as_vectors():
     base, one, other = np.float32([[1, 2], [3, 4]]), np.float32([[2, 2], [3, 4]]), np.float32([[1, 2], [3, 8]])
     for shape in ((4,), (2, 2, 1)):
@@ -208,15 +286,24 @@ def test_unknown_solvers_are_refused():
         methods.build(Tsvm, {"solver": "qr"})
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_same_bits_twice(threads):
-    taus = experts(40, 96, 4)
+@pytest.mark.parametrize("small", [0, spectra.SMALL])
+@pytest.mark.parametrize(("rows", "columns", "count"), [(400, 300, 3), (210, 430, 2), (200, 200, 4)])
+def test_threads_do_not_change_a_bit(small, rows, columns, count, monkeypatch):
+    """Neither side by side, as small matrices are solved, nor sharing the products of large ones."""
+    monkeypatch.setattr(spectra, "SMALL", small)
+    taus, found = experts(rows, columns, count), []
+    if (rows, columns) == (200, 200):
+        taus[1] = taus[0]  # the way without Newton-Schulz
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
-        assert np.array_equal(solve(taus)[0], solve(taus)[0])
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(solve(taus)[0])
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
 
 
 def test_take_may_be_given_the_same_memory_again():

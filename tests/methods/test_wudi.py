@@ -7,9 +7,10 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from merging import run
+from merging import run, span
 
 from streammerge.errors import RecipeError
+from streammerge.method import Tile
 from streammerge.methods import _wudi_flow as flows
 from streammerge.methods._crew import Crew
 from streammerge.methods._matrices import LIBRARY, MatrixSurvey
@@ -239,8 +240,9 @@ def test_polynomial_and_doubling_alone():
     assert np.abs(np.polynomial.Polynomial(flows._terms(flows.REACH / 2))(y) - -np.expm1(-x) / x).max() < 5e-10
     taus = experts(250, 220, 3)
     c, d, start = (torch.tensor(part) for part in sums(taus))
-    flows.doubling(Crew(c.device), start, c.clone(), d.clone(), 3 / 220, time=50.0)
-    assert away(start.numpy(), flow(taus, 50.0)) < 1e-9
+    rest = d - start @ c
+    moved, _ = flows.doubling(Crew(c.device), c, 3 / 220, time=50.0)(rest)
+    assert away((start + moved).numpy(), flow(taus, 50.0)) < 1e-9
 
 
 # --- special task vectors ---
@@ -313,9 +315,10 @@ def test_scale_weights_and_figures_reach_the_tensor():
     weighted = [w * ((base + tau) - base) for w, tau in zip((0.5, 2.0), taus, strict=True)]
     np.testing.assert_allclose(out, base + 0.7 * authors(weighted), rtol=0, atol=1e-7)
     survey = MatrixSurvey(Wudi().solver(30, 40, 2), (30, 40), np.ones(2))
+    zero = np.zeros_like(taus[0])
     for tau in taus:
-        survey._values[:] = tau.reshape(-1)
-        survey.settle([])
+        tile = Tile("w", 0, (30, 40), 0, 1200, span(zero, 0, 1200), (span(tau, 0, 1200),))
+        survey.settle([survey.look(tile)])
     figures = solve(taus)[1]
     assert set(figures) == {"residual", "travelled", "loss_before", "loss"}
     assert figures.items() <= survey.figures.items()
