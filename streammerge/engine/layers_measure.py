@@ -53,7 +53,7 @@ def _peak(stack: Stack, stage: Stage, call: Call, hidden: Any, learns: bool, dev
         )
     whole = device is not None  # gradients of weights take memory where there is some
     assert stage.module is not None
-    buffers = {f"{stage.name}.{n}": move(b) for n, b in stage.module.named_buffers()} if device is not None else {}
+    buffers = {name: move(buffer) for name, buffer in stage.module.named_buffers()} if device is not None else {}
     live = _live(
         list(tensors((args, kwargs))) + list(values.values()) + list(weights.values()) + list(buffers.values())
     )

@@ -9,7 +9,7 @@ has left, and files take the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from streammerge import kernel
 from streammerge.budget import MIB, Budget, default_ram, human, parse_size, resident
 from streammerge.engine.layers_hooks import Hooks
 from streammerge.engine.layers_loss import CrossEntropy
+from streammerge.engine.layers_loss import Loss as Loss
 from streammerge.engine.layers_measure import layer_bytes
 from streammerge.engine.layers_order import Sources, Visit, alive, fresh, layer_order, sweep_order
 from streammerge.engine.layers_weights import ring_bytes
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Loss = CrossEntropy | Callable[[Any, Batch], "Tensor"]
-ALLOWANCE = 64 * MIB  # thread stacks, packed panels of matrix products, the allocator's slack
+ALLOWANCE = 48 * MIB  # thread stacks, packed panels of matrix products, the allocator's slack
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,11 @@ block is written again after its last use (layers_device.py).
 from __future__ import annotations
 
 import math
-import mmap
 import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,6 @@ from streammerge.store.reader import Extent, Reader
 from streammerge.store.ring import PAGE, Closed, Ring, Slot, round_up
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 SLOT = 4 << 20  # bytes that are read, then converted, at a time
@@ -62,6 +59,8 @@ class Blocks:
 
     def take(self, size: int) -> Tensor:
         """A flat uint8 tensor of `size` bytes; copies into it wait for its last use."""
+        import torch
+
         with self._lock:
             for number, (block, used) in enumerate(self._idle):
                 if block.numel() == size:
@@ -72,7 +71,7 @@ class Blocks:
                 self._drop()
             assert self._held + size <= self._limit, f"{self._held} + {size} bytes of weights, planned {self._limit}"
             self._held += size
-            return _new_block(size, self._place.device)
+            return self._place.allocate(size) if size else torch.empty(0, dtype=torch.uint8)
 
     def give(self, block: Tensor) -> None:
         if self._poison:
@@ -87,19 +86,6 @@ class Blocks:
     def close(self) -> None:
         self.allow(0)
         assert not self._held, "weights are still in use"
-
-
-def _new_block(size: int, device: torch.device) -> Tensor:
-    import torch
-
-    if device.type != "cpu" or not size:
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    memory = mmap.mmap(-1, size, **private)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel may be built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)

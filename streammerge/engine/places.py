@@ -11,7 +11,7 @@ from streammerge import kernel
 from streammerge.engine.tiles import ROUNDS, Crew, Merger, settle_in_memory
 from streammerge.formats.dtypes import bits_of
 from streammerge.kernels.numerics import Span
-from streammerge.method import Survey, Tile, TileMethod
+from streammerge.method import Flags, Survey, Tile, TileMethod
 
 if TYPE_CHECKING:
     import torch
@@ -37,14 +37,16 @@ class HostPlace:
         """Show a survey a tensor that is there whole."""
         settle_in_memory(self._crew, method, survey, [tile])
 
-    def merge(self, method: TileMethod, survey: Survey | None, tile: Tile, address: int, dtype: str) -> None:
-        """Merge a tile into host memory."""
+    def merge(self, method: TileMethod, survey: Survey | None, tile: Tile, address: int, dtype: str) -> Flags | None:
+        """Merge a tile into host memory; what its inputs hold, if that is known already."""
         tile.out = Span(address, dtype, tile.numel)
-        self.run(method, survey, tile)
+        return self.run(method, survey, tile)
 
-    def run(self, method: TileMethod, survey: Survey | None, tile: Tile) -> None:
+    def run(self, method: TileMethod, survey: Survey | None, tile: Tile) -> Flags | None:
         """Merge a tile to where its `out` is, here."""
-        Merger(self._crew, method, survey).merge(tile)
+        merger = Merger(self._crew, method, survey)
+        merger.merge(tile)
+        return merger.flags
 
     def fill(self, tile: Tile, out: Tensor, work: Any) -> None:
         """Have `work(tile)` write to a tensor here; `out` is contiguous."""
@@ -78,7 +80,8 @@ class GpuPlace(HostPlace):
     def working(self) -> Iterator[None]:
         import torch
 
-        torch.cuda.current_stream(self._device).synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         with self.queue.current():
             yield
             self.finish()
@@ -91,13 +94,15 @@ class GpuPlace(HostPlace):
                 return
         raise AssertionError(f"{type(survey).__name__} did not settle")
 
-    def merge(self, method: TileMethod, survey: Survey | None, tile: Tile, address: int, dtype: str) -> None:
+    def merge(self, method: TileMethod, survey: Survey | None, tile: Tile, address: int, dtype: str) -> Flags | None:
         tile.out = Span(self._room.data_ptr(), dtype, tile.numel, self.queue)
         self.run(method, survey, tile)
         self._bring(tile.numel * bits_of(dtype) // 8, address)
+        return None
 
-    def run(self, method: TileMethod, survey: Survey | None, tile: Tile) -> None:
+    def run(self, method: TileMethod, survey: Survey | None, tile: Tile) -> Flags | None:
         method.merge(tile, survey)
+        return None
 
     def pack(self, votes: Span, address: int, size: int) -> None:
         kernel.call("sign_mask", "pack", Span(self._room.data_ptr(), "U8", size, self.queue), votes)

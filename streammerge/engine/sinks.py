@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from streammerge.planner.plan import Plan
 from streammerge.store.ring import Ring, Slot
+from streammerge.store.scatter import ScatterWriter
 from streammerge.store.writer import Writer
 
 AHEAD = 2  # rooms that may wait to be put: one step's results travel while the next are made
@@ -93,6 +94,33 @@ class FileSink:
     def _end(self) -> None:
         if self._writer.is_open:
             self._writer.end()
+
+
+class ScatterSink:
+    """A run's results at their places, in whatever order the places are; what it notes is kept for its caller."""
+
+    def __init__(self, writer: ScatterWriter) -> None:
+        self._writer = writer
+        self.ring: Ring | None = writer.ring
+        self._rooms: deque[tuple[int, int, Slot, int]] = deque()
+        self.notes: list[dict[str, Any]] = []
+
+    def position(self) -> tuple[int, int]:
+        return 0, 0
+
+    def room(self, shard: int, begin: int, size: int) -> int:
+        slot, address = self._writer.place(begin, size)
+        self._rooms.append((shard, begin, slot, size))
+        return address
+
+    def put(self) -> None:
+        self._writer.put_at(*self._rooms.popleft())
+
+    def note(self, what: dict[str, Any]) -> None:
+        self.notes.append(what)
+
+    def earlier_notes(self) -> list[dict[str, Any]]:
+        return []
 
 
 class MemorySink:

@@ -14,34 +14,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from streammerge.budget import MIB, human
-from streammerge.engine.layers_plan import Limits as SweepLimits
-from streammerge.engine.layers_plan import Loss, SweepPlan, plan_sweep
-from streammerge.engine.places import STATE, WORK
+from streammerge import kernel
+from streammerge.engine.layers_loss import Loss
+from streammerge.engine.layers_plan import SweepPlan
+from streammerge.engine.sweep_fit import LAUNCHES_HERE, LAUNCHES_THERE, RING, Fit
+from streammerge.engine.sweep_jobs import Jobs, find_twins, signed, sort_out, votes_file
 from streammerge.engine.trying import Trying
-from streammerge.engine.voting import PIECE, Motion, Voter, VotesFile, Voting
-from streammerge.errors import BudgetTooSmall, CheckpointError, RecipeError
+from streammerge.engine.voting import Motion, VotesFile, Voting
 from streammerge.formats.dtypes import SIGNS
-from streammerge.formats.header import TensorSpec, build_header
-from streammerge.method import build, find
 from streammerge.models.stack import Batch, Stack
-from streammerge.planner.jobs import COPY, Job, Resolution
-from streammerge.planner.plan import Limits, Plan, make_plan
+from streammerge.planner.dialect import Resolution
+from streammerge.planner.plan import Limits, Plan
 from streammerge.planner.recipe import Recipe
 from streammerge.planner.steps import PlannedTensor
-from streammerge.planner.transport import FORMAT, packed, sets_of
 from streammerge.store.checkpoint import Checkpoint
-from streammerge.store.ring import PAGE, round_up
 from streammerge.store.writer import Shard
 
 VOTES = "votes.safetensors"  # in the unfinished output folder
-RING = round_up(4 * (PIECE + 2 * PAGE))  # bytes in which results wait for the disk
-SPARE = 64 * MIB  # by which a process may grow between two plans
+FEW = 50  # samples, up to which many votes tie
 COMPUTE = {"float32": ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F64"), "bfloat16": ("BF16", "F8_E4M3", "F8_E5M2")}
 
 
@@ -72,7 +68,9 @@ class LayerPlan(Plan):
         sweeps = {"train": self.train, "trial": self.trial}
         found = {name: each.as_dict() for name, each in sweeps.items() if each is not None}
         samples = {"samples": len(self.data.train), "validation": len(self.data.validation)} if self.data else {}
-        return {**super().as_dict(), "sweeps": found, **samples}
+        visits = [visit for each in (self.train, self.trial) if each is not None for visit in each.visits]
+        largest = max(sum(unit.size for unit in visit.units) for visit in visits)
+        return {**super().as_dict(), "step_bytes": largest, "sweeps": found, **samples}
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -101,91 +99,6 @@ def open_stack(recipe: Recipe, target: Checkpoint, example: Batch) -> Stack:
     return Stack.from_transformers(target.path, shapes, example, dtype=kind, attention=attention)
 
 
-@dataclass(frozen=True)
-class _Jobs:
-    """Every tensor's job, told apart by what a sweep does for it."""
-
-    jobs: tuple[Job, ...]
-    voters: Mapping[str, Voter]  # of every tensor that is masked
-    voted: tuple[str, ...]  # those of them whose signs a sweep finds
-    warnings: tuple[str, ...]
-
-    @property
-    def alphas(self) -> tuple[float, ...]:
-        """Those to choose from; tensors with one of their own have no say.
-
-        Raises:
-            RecipeError: tensors have lists of different lengths.
-        """
-        lists = {voter.alphas for voter in self.voters.values()}
-        longest = max(lists, key=len, default=(0.0,))
-        if any(len(each) not in (1, len(longest)) for each in lists):
-            raise RecipeError("alpha has lists of different lengths; give one list, or equally long ones")
-        return longest
-
-
-def needs_samples(resolution: Resolution) -> bool:
-    """Whether some tensor has no signs yet, so that there must be samples to vote."""
-    return any(_is_open(job) for job in resolution.jobs)
-
-
-def _is_open(job: Job) -> bool:
-    """Whether the signs of a tensor are still to be found."""
-    if job.method == COPY or job.parameters.get("whole") or job.parameters["mode"] == "random":
-        return False
-    return not any(spec.dtype == SIGNS for spec in job.experts)
-
-
-def count_alphas(resolution: Resolution) -> int:
-    """How many alphas there are to choose from."""
-    found = [job.parameters["alpha"] for job in resolution.jobs if job.method != COPY]
-    return max((len(each) for each in found if isinstance(each, tuple)), default=1)
-
-
-def _sorted_out(resolution: Resolution, stack: Stack) -> _Jobs:
-    """What no layer runs with is copied, or passes."""
-    inside = {name for stage in stack.stages for name in stage.tensors}
-    known = {job.name for job in resolution.jobs if job.method != COPY}
-    jobs: list[Job] = []
-    voters: dict[str, Voter] = {}
-    voted: list[str] = []
-    outside: list[str] = []
-    for job in resolution.jobs:
-        if job.method != COPY and _is_open(job):
-            if job.name in inside or stack.copies.get(job.name) in known:
-                voted.append(job.name)
-            else:
-                outside.append(job.name)
-                job = _unmatched(job)
-        if job.method != COPY:
-            voters[job.name] = build(find(job.method), job.parameters)  # type: ignore[assignment]
-        jobs.append(job)
-    told = f"{len(outside)} tensors that no layer runs with ({', '.join(outside[:3])}{', ...' * (len(outside) > 3)})"
-    return _Jobs(tuple(jobs), voters, tuple(voted), (told,) if outside else ())
-
-
-def _unmatched(job: Job) -> Job:
-    assert job.base is not None
-    if job.parameters["unmatched"] == "pass":
-        return replace(job, parameters=job.parameters | {"whole": True})
-    return Job(job.name, None, (job.base,), {}, COPY, job.dtype, job.shape)
-
-
-def _votes_file(jobs: _Jobs, target: Checkpoint) -> tuple[bytes, dict[str, TensorSpec], int]:
-    """Header of a file of votes, the place of each tensor in it, and its size."""
-    rows = [
-        (job.name, "U8", (job.parameters["voters"], packed(job.base.numel)))
-        for job in jobs.jobs
-        if job.name in set(jobs.voted) and job.base is not None
-    ]
-    header = build_header(rows, {**FORMAT, "target": target.fingerprint()})
-    found, at = {}, len(header)
-    for name, dtype, shape in rows:
-        found[name] = TensorSpec(name, dtype, shape, "", at, at + shape[0] * shape[1])
-        at += shape[0] * shape[1]
-    return header, found, at
-
-
 def plan_layers(
     recipe: Recipe,
     resolution: Resolution,
@@ -204,34 +117,29 @@ def plan_layers(
     assert recipe.base_model is not None
     models = [source.model for source in recipe.models if source.model != recipe.base_model]
     target, *others = (checkpoints[model] for model in (recipe.base_model, *models, *recipe.beside))
-    jobs = _sorted_out(resolution, stack)
+    jobs = sort_out(resolution, stack)
     alphas = jobs.alphas
-    header, signs, size = _votes_file(jobs, target)
+    header, signs, size = votes_file(jobs, target)
     kept = bool(jobs.voted) and (len(alphas) > 1 or save_votes is not None)
     made = jobs.jobs
     if len(alphas) > 1:
-        made = tuple(_signed(job, signs) for job in made)
-    fit = _Fit(limits)
+        made = tuple(signed(job, signs) for job in made)
+    fit = Fit(limits)
     plan = fit.tiled(recipe, replace(resolution, jobs=made), checkpoints)
     planned = {tensor.job.name: tensor for tensor in plan.tensors}
     begins = {name: spec.begin for name, spec in signs.items()}
     votes = VotesFile(len(plan.layout.shards), Shard(VOTES, header, size), begins) if kept else None
-    twins: dict[str, list[str]] = {}
-    for copy, first in stack.copies.items():
-        if copy in set(jobs.voted):
-            _check_twin(planned[copy], planned[first])
-            twins.setdefault(first, []).append(copy)
     motion = Motion(
         voters={name: jobs.voters[name] for name in jobs.voted if name not in stack.copies},
         planned=planned,
-        twins=twins,
+        twins=find_twins(stack, jobs, planned),
         tasks=data.tasks,
         tokens=_tokens(stack, data.train) if limits.on_gpu else 0,
         threads=plan.threads,
         seed=limits.seed,
         write=len(alphas) == 1,
         votes=votes,
-        exact=all(spec.dtype in COMPUTE[recipe.extra["compute"]] for spec in target.tensors.values()),
+        exact=all(target.tensors[name].dtype in COMPUTE[recipe.extra["compute"]] for name in jobs.voted),
     )
     train = trial = None
     if jobs.voted:
@@ -260,81 +168,14 @@ def _tokens(stack: Stack, batches: Sequence[Batch]) -> int:
     return total
 
 
-class _Fit:
-    """Plans the parts of a recipe; those that do not fit are planned all the same, so that the refusal names a budget
-    that would do for all of them.
-    """
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._least = {"--ram": 0, "--vram": 0}
-        self._what = ""
-
-    def tiled(self, recipe: Recipe, resolution: Resolution, checkpoints: Mapping[str, Checkpoint]) -> Plan:
-        """What is merged as tiles, on the CPU: disks are slower. The ring of results is larger than it would be."""
-        within = replace(self._limits, device="cpu", vram=0, ram=max(self._limits.ram - RING, 1))
-        try:
-            return make_plan(recipe, resolution, checkpoints, within)
-        except BudgetTooSmall as error:
-            least = error.least or 0
-            self._short("this merge", "--ram", least + RING)
-            return make_plan(recipe, resolution, checkpoints, replace(within, ram=least + SPARE))
-
-    def sweep(
-        self, stack: Stack, checkpoints: list[Checkpoint], batches: Sequence[Batch], loss: Loss, hooks: Any
-    ) -> SweepPlan:
-        """A sweep within what the ring of results, and what launches need on a GPU, leave of the budget."""
-        limits = self._limits
-        there = STATE + WORK + PIECE + MIB if limits.on_gpu else 0
-        here = RING + (2 * WORK if limits.on_gpu else 0)
-        ram, vram = max(limits.ram - here, 1), max(limits.vram - there, 1)
-        while True:
-            allowed = SweepLimits(ram, vram if limits.on_gpu else None, limits.device)
-            try:
-                return plan_sweep(stack, checkpoints, batches, loss, hooks, allowed)
-            except BudgetTooSmall as error:
-                least = error.least or 0
-                if "--vram" in str(error):
-                    vram = least + SPARE
-                    self._short("a sweep over the layers", "--vram", least + there)
-                else:
-                    ram = least + SPARE
-                    self._short("a sweep over the layers", "--ram", least + here)
-
-    def _short(self, what: str, option: str, least: int) -> None:
-        if least > self._least[option]:
-            self._least[option] = least
-            self._what = what
-
-    def check(self) -> None:
-        """Refuse what does not fit.
-
-        Raises:
-            BudgetTooSmall: some part did not; `least` would do for all.
-        """
-        for option, limit in (("--ram", self._limits.ram), ("--vram", self._limits.vram)):
-            if self._least[option]:
-                least = round_up(self._least[option] + MIB, MIB)
-                raise BudgetTooSmall(
-                    f"{self._what} needs at least {human(least)} and {human(limit)} are allowed; give {option} "
-                    f"{least // MIB}MiB or more",
-                    least,
-                )
-
-
-def _signed(job: Job, signs: Mapping[str, TensorSpec]) -> Job:
-    """A job whose signs will be in the file of votes."""
-    if job.name not in signs or job.base is None:
-        return job
-    return replace(job, experts=(*job.experts, *sets_of(signs[job.name], job.base.numel)))
-
-
-def _check_twin(copy: PlannedTensor, first: PlannedTensor) -> None:
-    if (copy.job.dtype, copy.job.shape) != (first.job.dtype, first.job.shape):
-        raise CheckpointError(
-            f"tensors {copy.job.name!r} and {first.job.name!r} are one in the model and differ in dtype or shape; "
-            "save the target again with transformers"
-        )
+def _even(tasks: Sequence[int], jobs: Jobs) -> Iterator[str]:
+    """What to say of few samples that can tie."""
+    if not any(jobs.voters[name].counts for name in jobs.voted):
+        return
+    for task, count in sorted(Counter(tasks).items()):
+        if count % 2 == 0 and count <= FEW:
+            which = f" of task {task + 1}" if len(set(tasks)) > 1 else ""
+            yield f"{count} samples{which}: an odd number leaves fewer ties, which are dropped"
 
 
 def _whole_plan(
@@ -345,7 +186,7 @@ def _whole_plan(
     votes: VotesFile | None,
     save_votes: Path | None,
     alphas: tuple[float, ...],
-    jobs: _Jobs,
+    jobs: Jobs,
     limits: Limits,
 ) -> LayerPlan:
     """The parts as one plan: they follow each other, so bytes add up and peaks do not."""
@@ -353,9 +194,10 @@ def _whole_plan(
     rest = tuple(tensor for tensor in plan.tensors if tensor.job.name not in voted) if len(alphas) == 1 else ()
     sweeps = [sweep for sweep in (train, trial) if sweep is not None]
     tiled = plan.read_bytes if len(alphas) > 1 else sum(spec.nbytes for tensor in rest for spec in tensor.inputs)
-    launches = 2 * WORK if limits.on_gpu else 0
+    launches = LAUNCHES_HERE if limits.on_gpu else 0
     peaks = [plan.ram_peak_bytes + RING, *(sweep.ram_peak_bytes + RING + launches for sweep in sweeps)]
-    there = STATE + WORK + PIECE + MIB
+    there = [sweep.vram_peak_bytes + LAUNCHES_THERE for sweep in sweeps if limits.on_gpu]
+    panels = ["vote_gemm"] if limits.on_gpu and train is not None else []
     work = {
         "plan": plan.digest,
         "samples": data.digest,
@@ -366,16 +208,17 @@ def _whole_plan(
     values |= {
         "digest": hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest(),
         "device": limits.device,
+        "kernels": {name: kernel.describe(name, limits.device) for name in (*plan.kernels, *panels)},
         "ram_budget_bytes": limits.ram,
         "ram_peak_bytes": max(peaks),
         "vram_budget_bytes": limits.vram,
-        "vram_peak_bytes": max((sweep.vram_peak_bytes + there for sweep in sweeps if limits.on_gpu), default=0),
+        "vram_peak_bytes": max(there, default=0),
         "read_bytes": tiled + sum(sweep.read_bytes for sweep in sweeps),
         "write_bytes": plan.write_bytes + (votes.shard.size if votes else 0),
         "passes": sum(sweep.passes for sweep in sweeps) + (len(alphas) > 1),
         "steps": sum(len(sweep.visits) for sweep in sweeps) + (plan.steps if len(alphas) > 1 else 0),
         "out_bytes": max(plan.out_bytes, RING),
-        "warnings": (*plan.warnings, *jobs.warnings),
+        "warnings": (*plan.warnings, *jobs.warnings, *_even(data.tasks, jobs)),
     }
     return LayerPlan(
         **values, data=data, train=train, trial=trial, votes=votes, save_votes=save_votes, rest=rest, alphas=alphas

@@ -12,15 +12,17 @@ from __future__ import annotations
 import ctypes
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from streammerge.engine.layers_hooks import Hooks, Loaded
 from streammerge.engine.places import HostPlace, span
 from streammerge.errors import RecipeError
 from streammerge.kernels.numerics import Span
-from streammerge.method import BLOCK, Cost, Survey, Tile, TileMethod
+from streammerge.method import BLOCK, Cost, Flags, Survey, Tile, TileMethod
 from streammerge.models.stage import Stage
 from streammerge.planner.steps import PlannedTensor
 from streammerge.planner.transport import packed
@@ -50,6 +52,8 @@ class Voter(Protocol):
 
     @property
     def alphas(self) -> tuple[float, ...]: ...
+    @property
+    def counts(self) -> bool: ...
     def ballot(self, numel: int, tasks: Sequence[int], device: Any) -> Ballot: ...
     def ballot_bytes(self, numel: int, tasks: Sequence[int], on_gpu: bool) -> int: ...
     def panel_bytes(self, shape: tuple[int, ...], tasks: Sequence[int], tokens: int, width: int) -> tuple[int, int]: ...
@@ -123,7 +127,7 @@ class Voting(Hooks):
         self.motion, self._others = motion, others
         self.panels = on_gpu
         self._open: dict[str, Ballot] = {}
-        self.losses: list[float] = []
+        self._news: list[dict[str, Any]] = []  # to be told with the next stage
 
     def reads(self, stage: Stage, backward: bool) -> Sequence[int]:
         if not backward:
@@ -181,21 +185,20 @@ class Voting(Hooks):
         for number, loss in enumerate(losses, 1):
             if not math.isfinite(loss):
                 raise RecipeError(f"the target's loss of training sample {number} is {loss}; check sample and target")
-        self.losses = list(losses)
-
-    def step(self, losses: Sequence[float]) -> None:
-        self.turned(losses)
+        mean = math.fsum(losses) / len(losses)
+        self._news = [{"gradfix": {"samples": len(losses), "loss": mean}}]
 
     def emit(self, loaded: Loaded) -> None:
         names = [name for name in loaded.stage.tensors if name in self.motion.voters]
-        out, notes = self.outcome, []
+        out, notes, self._news = self.outcome, self._news, []
         with out.place.working():
             for name in names:
-                notes.append(self._finish(name, loaded))
-                out.note(notes[-1])
+                notes += self._finish(name, loaded)
+        for note in notes:
+            out.note(note)
         out.writer.seal([member for name in names for member in self.motion.members(name)], notes)
 
-    def _finish(self, name: str, loaded: Loaded) -> dict[str, Any]:
+    def _finish(self, name: str, loaded: Loaded) -> list[dict[str, Any]]:
         """Close one tensor's ballot and write what came of it; what to tell of it."""
         place, planned = self.outcome.place, self.motion.planned[name]
         ballot = self._of(name, loaded.weights[name].device)
@@ -208,13 +211,22 @@ class Voting(Hooks):
             place.settle(planned.method, survey, tile)
         slope = ballot.slope(lambda part: self._delta(planned.method, survey, tile.part(part.start, part.stop)))
         figures = {"slope": slope / len(self.motion.tasks), "nan_gradients": ballot.nans}
+        notes = []
         if self.motion.votes is not None:
             self._put_signs(name, self.motion.votes, tile)
         if self.motion.write:
-            self._put_result(name, planned, survey, tile)
+            found = self._put_result(name, planned, survey, tile)
             place.finish()
             figures |= survey.figures
-        return {"figures": [name, figures], "section": "gradfix"}
+            notes = list(self._nonfinite(planned, found))
+        return [*notes, {"figures": [name, figures], "section": "gradfix"}]
+
+    def _nonfinite(self, planned: PlannedTensor, found: Sequence[Flags]) -> Iterator[dict[str, Any]]:
+        """Which of the models hold what is no number."""
+        for flag, spec in zip(np.max(found, 0) if found else (), planned.inputs, strict=False):
+            if flag:
+                kind = "NaN" if flag == 2 else "an infinity"
+                yield {"nonfinite": [planned.job.name, spec.file, kind]}
 
     def _delta(self, method: Any, survey: Survey, tile: Tile) -> Tensor:
         """The step that an alpha of 1 makes, fp32."""
@@ -226,18 +238,22 @@ class Voting(Hooks):
         place.fill(tile, out, lambda part: method.delta(part, survey))
         return out
 
-    def _put_result(self, name: str, planned: PlannedTensor, survey: Survey, tile: Tile) -> None:
+    def _put_result(self, name: str, planned: PlannedTensor, survey: Survey, tile: Tile) -> list[Flags]:
+        """Write a tensor to its places; what the pieces of its inputs hold, as far as that is known."""
         names = (name, *self.motion.twins.get(name, ()))
         width, dtype, places = planned.out_itemsize, planned.out_dtype, [self.motion.planned[each] for each in names]
         step = PIECE // width // BLOCK * BLOCK
+        found = []
         for first in range(0, tile.numel, step):
             part = tile.part(first, min(first + step, tile.numel))
 
             def merge(address: int, part: Tile = part) -> None:
-                self.outcome.place.merge(planned.method, survey, part, address, dtype)
+                flags = self.outcome.place.merge(planned.method, survey, part, address, dtype)
+                found.extend([] if flags is None else [flags])
 
             self._put([(place.shard, place.begin + first * width) for place in places], part.numel * width, merge)
             self.outcome.put(name, len(places) * part.numel * width)
+        return found
 
     def _put_signs(self, name: str, votes: VotesFile, tile: Tile) -> None:
         names = (name, *self.motion.twins.get(name, ()))

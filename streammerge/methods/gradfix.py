@@ -24,7 +24,7 @@ is written. `save_votes` keeps the signs, two bits each, for other task vectors:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from streammerge.errors import RecipeError
@@ -99,9 +99,10 @@ class GradFix(LayerMethod):
         """Those to try; one if there is no choice."""
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
 
-    def chosen(self, which: int) -> GradFix:
-        """With one of the alphas."""
-        return replace(self, alpha=self.alphas[which] if len(self.alphas) > 1 else self.alphas[0])
+    @property
+    def counts(self) -> bool:
+        """Whether samples are counted, so that they can tie."""
+        return self.vote == "majority"
 
     def for_tensor(self, name: str, shape: tuple[int, ...], experts: int) -> Masked:
         if self.whole:
@@ -148,7 +149,7 @@ def _data(raw: Any, models: int, voted: bool, at: str) -> dict[str, Any]:
         raise RecipeError(f"{at}.train: must be a file, or a list of one file for each model")
     if voted and files:
         raise RecipeError(f"{at}.train: there are votes already; leave one of them out")
-    if len(files) not in (1, models) and not voted:
+    if files and len(files) not in (1, models):
         raise RecipeError(f"{at}.train: {len(files)} files for {models} models; give one, or one for each model")
     validation = raw.get("validation")
     if validation is not None and not (isinstance(validation, str) and validation.strip()):
@@ -157,6 +158,3 @@ def _data(raw: Any, models: int, voted: bool, at: str) -> dict[str, Any]:
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 2):
         raise RecipeError(f"{at}.max_length: {length!r}; give a whole number of tokens, 2 or more")
     return {"train": files, "validation": validation, "max_length": length}
-
-
-EXAMPLES: list[Any] = []  # by hand in tests/methods/test_gradfix.py: an example needs gradients

@@ -85,6 +85,22 @@ def canonical(module: nn.Module) -> dict[str, str]:
     return names
 
 
+def places(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The first name of every parameter -> one name for each module that holds it: what to replace when it is tied.
+
+    A module that is in two places has two names and is replaced once.
+    """
+    seen: set[tuple[int, str]] = set()
+    found: dict[str, tuple[str, ...]] = {}
+    for name, first in canonical(module).items():
+        owner, _, attribute = name.rpartition(".")
+        place = (id(module.get_submodule(owner)), attribute)
+        if place not in seen:
+            seen.add(place)
+            found[first] = (*found.get(first, ()), name)
+    return found
+
+
 def check_complete(parameters: Mapping[str, Tensor], parts: Iterable[Part]) -> None:
     """Raises CheckpointError if some elements of these parameters are in no tensor."""
     held = dict.fromkeys(parameters, 0)

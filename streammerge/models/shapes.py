@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from streammerge.models.names import places
 from streammerge.models.record import each_tensor, replace, tensors
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def template(layer: nn.Module, dtype: torch.dtype, args: tuple[Any, ...], kwargs
     """
     import torch
 
-    own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    parameters = dict(layer.named_parameters())
+    own = {name: parameters[first] for first, names in places(layer).items() for name in names}
+    own |= dict(layer.named_buffers())
     for tried in (dtype, torch.bfloat16):  # on meta, torch takes grouped products for what GPUs can do
 
         def meta(tensor: Tensor, tried: torch.dtype = tried) -> Tensor:
@@ -80,7 +83,7 @@ def _run(
             return Given(numbers[id(tensor)])
         return Made(tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype)
 
-    return each_tensor(functional_call(layer, values, *each_tensor((args, kwargs), moved)), describe)
+    return each_tensor(functional_call(layer, values, *each_tensor((args, kwargs), moved), tie_weights=False), describe)
 
 
 def fill_template(found: Any, given: list[Tensor]) -> Any:

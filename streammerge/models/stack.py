@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.errors import RecipeError
 from streammerge.models import chain
 from streammerge.models.chain import Layer
-from streammerge.models.names import Shape, match
+from streammerge.models.names import Shape, match, places
 from streammerge.models.record import Call, Key, Record, Recorder, each_tensor, fill, tensors
 from streammerge.models.shapes import fill_template, no_memory, template
 from streammerge.models.stage import Stage, Values, cut
@@ -49,6 +49,7 @@ class Stack:
         self._accepted = chain.accepted(module)
         parameters = dict(module.named_parameters())
         self._skeleton = {name: p for name, p in parameters.items() if not chain.inside(name, layers)}
+        self._places = {first: names for first, names in places(module).items() if first in self._skeleton}
         self.dtype: torch.dtype = next(iter(parameters.values())).dtype
         self.vocabulary = chain.vocabulary(module)
         self._stand_in()
@@ -152,7 +153,7 @@ class Stack:
         from torch.func import functional_call
 
         args, kwargs = fill(call, values)
-        return list(tensors(functional_call(stage.module, stage.local(weights), args, kwargs)))
+        return list(tensors(functional_call(stage.module, stage.local(weights), args, kwargs, tie_weights=False)))
 
     def leave(self, weights: Values, batch: Batch, hidden: Tensor) -> Any:
         """Run the head on the last layer's hidden state: what the model returns."""
@@ -178,11 +179,14 @@ class Stack:
         """The model's own forward with stand-ins for layers, absent weights and, given `tail`, the vocabulary."""
         from torch.func import functional_call
 
-        values = {name: weights[name] if name in weights else self._absent(name, batch) for name in self._skeleton}
+        values = {}
+        for first, names in self._places.items():
+            value = weights[first] if first in weights else self._absent(first, batch)
+            values.update(dict.fromkeys(names, value))
         inputs = {name: value for name, value in batch.items() if name in self._accepted}
         self._recorder, self._tail = recorder, tail
         try:
-            return functional_call(self.module, values, (), inputs)
+            return functional_call(self.module, values, (), inputs, tie_weights=False)
         finally:
             self._recorder = self._tail = None
 

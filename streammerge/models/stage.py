@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from streammerge.models.chain import Layer
-from streammerge.models.names import Part, canonical, check_complete
+from streammerge.models.names import Part, canonical, check_complete, places
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +31,8 @@ class Stage:
     parts: dict[str, Part]
     tensors: tuple[str, ...]
     borrowed: tuple[str, ...]
-    module: nn.Module | None  # a layer's
+    module: nn.Module | None = None  # a layer's
+    inside: dict[str, tuple[str, ...]] = field(default_factory=dict)  # its parameters -> their names inside it
 
     def views(self, values: Values) -> dict[str, Tensor]:
         """Checkpoint tensors as views of the parameters, or of gradients of their shapes."""
@@ -43,8 +44,8 @@ class Stage:
         return found
 
     def local(self, values: Values) -> dict[str, Tensor]:
-        """Parameters by their names inside a layer, as torch.func.functional_call on `module` wants them."""
-        return {name.removeprefix(f"{self.name}."): value for name, value in values.items()}
+        """Parameters by their names inside a layer, as `module` is called with by torch.func.functional_call."""
+        return {name: value for first, value in values.items() for name in self.inside.get(first, (first,))}
 
 
 def _view(whole: Tensor, part: Part) -> Tensor:
@@ -65,21 +66,24 @@ def cut(
     """
     parameters = dict(module.named_parameters())
     names = canonical(module)
-    places: list[tuple[str, str, dict[str, Tensor], nn.Module | None]] = []
-    places.append(("embedding", "embedding", {n: p for n, p in parameters.items() if n in before}, None))
+    links: list[tuple[str, str, dict[str, Tensor], nn.Module | None]] = []
+    links.append(("embedding", "embedding", {n: p for n, p in parameters.items() if n in before}, None))
     for path, layer in layers:
-        places.append(("layer", path, {names[f"{path}.{n}"]: p for n, p in layer.named_parameters()}, layer))
-    places.append(("head", "head", {n: p for n, p in parameters.items() if n in after}, None))
+        links.append(("layer", path, {names[f"{path}.{n}"]: p for n, p in layer.named_parameters()}, layer))
+    links.append(("head", "head", {n: p for n, p in parameters.items() if n in after}, None))
     by_parameter: dict[str, dict[str, Part]] = {}
     for tensor, part in parts.items():
         by_parameter.setdefault(part.parameter, {})[tensor] = part
     stages: list[Stage] = []
     owned: set[str] = set()
-    for index, (kind, name, needs, layer_module) in enumerate(places):
+    for index, (kind, name, needs, layer_module) in enumerate(links):
         found = {tensor: part for n in needs for tensor, part in by_parameter.get(n, {}).items()}
         check_complete(needs, found.values())
         own = tuple(tensor for tensor in found if tensor not in owned)
         borrowed = tuple(tensor for tensor in found if tensor in owned)
         owned.update(own)
-        stages.append(Stage(index, kind, name, needs, found, own, borrowed, layer_module))
+        inside = {}
+        if layer_module is not None:
+            inside = {names[f"{name}.{first}"]: local for first, local in places(layer_module).items()}
+        stages.append(Stage(index, kind, name, needs, found, own, borrowed, layer_module, inside))
     return tuple(stages)

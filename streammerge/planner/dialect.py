@@ -172,6 +172,7 @@ class _Resolver:
         """What was copied and what was left out."""
         for model, names in self.copied.items():
             yield f"{_count(names, 'tensor')} no arithmetic can merge, copied from {model} ({_some(names)})"
+        yield from () if self.transport is None else self.transport.doubts
         if self.transport is not None and (names := self.transport.unmatched):
             yield f"{_count(names, 'tensor')} without a source or votes ({_some(names)})"
         left: dict[str, dict[str, None]] = defaultdict(dict)

@@ -92,10 +92,14 @@ class Transport:
         (source,) = recipe.beside
         self._recipe, self._source = recipe, (source, checkpoints[source])
         self.unmatched: list[str] = []
+        self.doubts: list[str] = []
         self._votes: Votes | None = None
-        if VOTES in recipe.extra:
+        if VOTES in recipe.extra and recipe.base_model is not None:
             apart = recipe.extra["order"] == "mask_then_merge"
-            self._votes = Votes.of(checkpoints[recipe.extra[VOTES]], len(recipe.models), apart)
+            file = checkpoints[recipe.extra[VOTES]]
+            self._votes = Votes.of(file, len(recipe.models), apart)
+            if file.metadata.get("target") != checkpoints[recipe.base_model].fingerprint():
+                self.doubts.append(f"{recipe.extra[VOTES]}: voted on at another model than {recipe.base_model}")
 
     def job(
         self, row: Row, target: TensorSpec, dtype: str, parameters: dict[str, Any], scales: Mapping[str, dict[str, str]]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import torch
 import transformers
+
+import streammerge as sm
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 WORDS = 61
+ALPHAS = [0.1, 0.4, 1.0]
+RAM = "2GiB"
+MOST = 2e-3  # share of weights that may differ from plain autograd
 SMALL = {
     "vocab_size": WORDS,
     "hidden_size": 32,
@@ -118,3 +124,23 @@ def differing(found, wanted):
     assert set(found) == set(wanted)
     different = sum(int((found[name] != wanted[name]).sum()) for name in wanted)
     return different, sum(value.numel() for value in wanted.values())
+
+
+def made(folder, dtype=torch.float32, **changes):
+    """Target, source and two fine-tuned models in a folder, with samples of two tasks and some to choose by."""
+    target = llama(folder / "target", 0, dtype=dtype, **changes)
+    source = llama(folder / "source", 1, dtype=dtype, **changes)
+    tuned = llama(folder / "tuned", 2, source, dtype=dtype, **changes)
+    other = llama(folder / "other", 3, source, dtype=dtype, **changes)
+    train = samples(folder / "train.jsonl", (7, 12, 9, 5, 8), 1)
+    second = samples(folder / "second.jsonl", (6, 11, 10), 2)
+    validation = samples(folder / "validation.jsonl", (9, 14), 3)
+    return SimpleNamespace(
+        folder=folder, target=target, source=source, tuned=tuned, other=other,
+        train=train, second=second, validation=validation,
+    )  # fmt: skip
+
+
+def merge(world, out, options=None, **changes):
+    body = recipe(world.folder, **changes)
+    return sm.merge(body, out, ram=RAM, device="cpu", **(options or {}))

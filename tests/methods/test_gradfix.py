@@ -583,8 +583,7 @@ def test_results_are_rounded_once():
 
 def test_parameters_and_keys():
     assert list(methods.parameters(GradFix)) == ["alpha", "vote", "mode", "unmatched"]
-    assert GradFix(alpha=(0.1, 0.2)).chosen(1).alpha == 0.2
-    assert GradFix(alpha=0.3).chosen(1).alpha == 0.3
+    assert (GradFix(alpha=(0.1, 0.2)).alphas, GradFix(alpha=0.3).alphas) == ((0.1, 0.2), (0.3,))
     given = GradFix.read_keys({"source_base": "a", "data": {"train": "t"}}, 2, "recipe")
     assert given["data"] == {"train": ["t"], "validation": None, "max_length": None}
     assert (given["merge"], given["order"]) == ("mean", "merge_then_mask")
@@ -607,7 +606,6 @@ BASE = {"source_base": "a", "data": {"train": "t"}}
         ({**BASE, "data": {"train": "t", "test": "u"}}, "data: unknown key 'test'"),
         ({**BASE, "data": {"train": ["t", "u", "v"]}}, "data.train: 3 files for 2 models"),
         ({**BASE, "data": {"train": [1]}}, "data.train: must be a file, or a list"),
-        ({**BASE, "data": {}}, "data.train: 0 files for 2 models"),
         ({**BASE, "data": {"train": "t", "validation": 1}}, "data.validation: must be a file"),
         ({**BASE, "data": {"train": "t", "max_length": 1}}, "data.max_length: 1; give a whole number"),
         ({**BASE, "compute": "int8"}, "compute is 'int8'"),

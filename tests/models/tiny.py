@@ -166,7 +166,7 @@ def inputs(batch):
 
 def stored(model, values) -> dict[str, torch.Tensor]:
     """Parameter-shaped tensors under the names that the model is saved with: through transformers' own saving."""
-    if not hasattr(model, "_weight_conversions") and not transformers.__version__.startswith("5"):
+    if transformers.__version__ < "5" or not isinstance(model, transformers.PreTrainedModel):
         return values
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -1,0 +1,37 @@
+"""Models of two pre-trainings and their fine-tunes, made once for each process of tests."""
+
+import pytest
+
+
+@pytest.fixture
+def one_thread():
+    """Matrices this small are not worth handing to a second thread, nor is the wait for it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["untied", "tied"])
+def world(request, tmp_path_factory):
+    from transport import made
+
+    return made(tmp_path_factory.mktemp("world"), tie_word_embeddings=request.param)
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory):
+    from transport import made
+
+    return made(tmp_path_factory.mktemp("untied"))
+
+
+@pytest.fixture
+def alphas(world):
+    """What a recipe says that tries several."""
+    from transport import ALPHAS
+
+    data = {name: str(world.folder / f"{name}.jsonl") for name in ("train", "validation")}
+    return {"parameters": {"alpha": ALPHAS}, "data": data}
