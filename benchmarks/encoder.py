@@ -82,9 +82,15 @@ class Encoder:
         self.model: Any = AutoModel.from_pretrained(folder).eval()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the model's forward takes, padded to the longest."""
+        return dict(
+            self._tokenizer(list(texts), padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+        )
+
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of length 1 [texts, 384], with their gradients."""
-        batch = self._tokenizer(list(texts), padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+        batch = self.tokens(texts)
         states = self.model(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None]
         return normalize((states * mask).sum(1) / mask.sum(1), dim=1)
@@ -158,7 +164,7 @@ def suite(work: Path, data: Path, names: Sequence[str] = DOMAINS, steps: int = S
     chosen = domains(data, names)
     base = work / "base"
     if not (base / "config.json").exists():
-        _save(Encoder(pretrained()), pretrained(), base)
+        save(Encoder(pretrained()), pretrained(), base)
     encoder = Encoder(base)
     heads = {domain.name: classifier(encoder, domain) for domain in chosen}
     folders = {domain.name: work / (domain.name if steps == STEPS else f"{domain.name}-{steps}") for domain in chosen}
@@ -167,7 +173,7 @@ def suite(work: Path, data: Path, names: Sequence[str] = DOMAINS, steps: int = S
         if not (folder / "config.json").exists():
             expert = Encoder(base)
             loss = fine_tune(expert, domain, heads[domain.name], steps=steps)
-            _save(expert, base, folder)
+            save(expert, base, folder)
             click.echo(f"  {domain.name}: fine-tuned, last loss {loss:.3f}", err=True)
     return Suite(base, folders, chosen, heads)
 
@@ -180,7 +186,7 @@ def pretrained() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def _save(encoder: Encoder, source: Path, folder: Path) -> None:
+def save(encoder: Encoder, source: Path, folder: Path) -> None:
     """A checkpoint with its tokenizer; `config.json` comes last, so a folder that has one is whole."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under nine minutes: first whether every kernel, the pipeline and the matrix
-# solvers are right, then how fast kernels are, then solvers, then merges under a small budget. Nothing is installed.
-# Results go to $OUT.
+# Everything that needs a GPU, in two calls of under nine minutes: first whether every kernel, the pipeline and the matrix
+# solvers are right, then how fast kernels are, then solvers, then merges under a small budget; apart from these, GradFix
+# on layers of a 13B Llama, which needs transformers and writes 36 GB to $WORK. Nothing is installed. Results go to $OUT.
 #
 #     OUT=DIR bash benchmarks/gpu.sh                   (default: benchmarks/results)
+#     OUT=DIR bash benchmarks/gpu.sh transport         (GradFix)
+#     OUT=DIR bash benchmarks/gpu.sh compose           (learned coefficients, 36 GB too)
+#     OUT=DIR bash benchmarks/gpu.sh anchors_right anchors      FDA on one unit of a 13B Llama
 #     bash benchmarks/gpu.sh solvers_right solvers     these parts alone
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,12 +17,12 @@ mkdir -p "$OUT"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 failed=0
-chosen=" $* "
+chosen=" ${*:-tests solvers_right kernels solvers merges} "
 
 part() { # seconds, name, command...
     local limit=$1 name=$2
     shift 2
-    [ "$chosen" = "  " ] || [[ $chosen = *" $name "* ]] || return 0
+    [[ $chosen = *" $name "* ]] || return 0
     echo "== $name"
     timeout "$limit" "$@" 2>&1 | tee "$OUT/gpu_$name.txt"
     local code=${PIPESTATUS[0]}
@@ -33,4 +36,10 @@ part 60 solvers_right "$PYTHON" benchmarks/matrix.py --device cuda --check
 part 130 kernels "$PYTHON" benchmarks/kernels.py --json "$OUT/gpu_kernels.json" --seconds 105
 part 130 solvers "$PYTHON" benchmarks/matrix.py --device cuda --json "$OUT/gpu_matrix.json" --seconds 120
 part 100 merges "$PYTHON" benchmarks/gpu_merge.py --dir "$WORK" --json "$OUT/gpu_merge.json" --seconds 65
+part 60 anchors_right "$PYTHON" benchmarks/anchors.py --case unit --quick --device cuda --vram 2GiB --dir "$WORK"
+part 500 anchors "$PYTHON" benchmarks/anchors.py --case unit --device cuda --vram 8GiB --ram 16GiB --dir "$WORK" --save
+part 500 transport "$PYTHON" benchmarks/transport_cost.py --device cuda --vram 8GiB --dir "$WORK" \
+    --json "$OUT/gpu_transport.json"
+part 500 compose "$PYTHON" benchmarks/compose_cost.py --device cuda --vram 8GiB --dir "$WORK" \
+    --json "$OUT/gpu_compose.json"
 exit $failed

@@ -31,15 +31,18 @@ from torch import Tensor
 
 def tsvm_svd(deltas: Sequence[Tensor], rank: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """TSV-Merge with `rank` singular triplets of each expert; min(m, n) // T if it is left out."""
-    kept = rank or min(deltas[0].shape) // len(deltas)
-    lefts, values, rights = [], [], []
-    for delta in deltas:
+    (rows, columns), count = deltas[0].shape, len(deltas)
+    kept = rank or min(rows, columns) // count
+    lefts, values, rights = (
+        deltas[0].new_empty(shape, dtype=dtype)
+        for shape in ((rows, count * kept), (count * kept,), (count * kept, columns))
+    )
+    for i, delta in enumerate(deltas):  # copied, so that one whole decomposition is held at a time
         left, value, right = _svd(delta.to(dtype))
-        lefts.append(left[:, :kept])
-        values.append(value[:kept])
-        rights.append(right[:kept])
-    left, right = _nearest(torch.cat(lefts, 1)), _nearest(torch.cat(rights))
-    return left * torch.cat(values) @ right
+        some = slice(i * kept, (i + 1) * kept)
+        lefts[:, some], values[some], rights[some] = left[:, :kept], value[:kept], right[:kept]
+        del left, value, right
+    return _nearest(lefts) * values @ _nearest(rights)
 
 
 def _nearest(matrix: Tensor) -> Tensor:

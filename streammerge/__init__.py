@@ -6,6 +6,7 @@
     for name, tensor in sm.stream("recipe.yml", ram="4GiB"): ...
     merged = sm.merge_state_dicts([sd_a, sd_b], base=sd_0, method="ties", parameters={"density": 0.5})
     report = sm.gradfix(sm.Stack.of(build, shapes, batches[0]), batches, loss, target="b", ...)
+    report = sm.atlas(sm.Stack.of(build, shapes, batches[0]), batches, loss, base_model="b", ...)
 
 Nothing here is global, patched or seeded; torch is imported only where tensors are handed out.
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from streammerge.api import diff, gradfix, inspect, merge, merge_state_dicts, plan, report, stream, verify
+    from streammerge.api import atlas, diff, gradfix, inspect, merge, merge_state_dicts, plan, report, stream, verify
     from streammerge.errors import (
         BudgetTooSmall,
         CheckpointError,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Stack": "streammerge.models.stack",
     **dict.fromkeys(
-        ("diff", "gradfix", "inspect", "merge", "merge_state_dicts", "plan", "report", "stream", "verify"),
+        ("atlas", "diff", "gradfix", "inspect", "merge", "merge_state_dicts", "plan", "report", "stream", "verify"),
         "streammerge.api",
     ),
     **dict.fromkeys(
@@ -60,6 +61,7 @@ __all__ = [
     "Stack",
     "StreamMergeError",
     "__version__",
+    "atlas",
     "diff",
     "gradfix",
     "inspect",

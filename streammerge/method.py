@@ -200,6 +200,11 @@ class Method(ABC):
         return dict(given)
 
     @classmethod
+    def fill(cls, given: Mapping[str, Any], keys: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The recipe's parameters, with those that one of them stands for; `keys` are what `read_keys` gave."""
+        return dict(given)
+
+    @classmethod
     def takes_base(cls) -> bool:
         """Whether a base model stands beside the experts, where there is one."""
         return cls.needs_base or not cls.base_is_expert
@@ -271,10 +276,15 @@ class TensorMethod(TileMethod):
     """
 
     sees = "tensor"
+    shared_bytes: ClassVar[int] = 0  # of `survey_bytes`, what matrices have in common that are solved side by side
 
     def solver_name(self, shape: tuple[int, ...], experts: int) -> str:
         """How a matrix of this shape is solved, for people to read in a plan."""
         return "whole matrix"
+
+    def fills_cores(self, shape: tuple[int, ...]) -> bool:
+        """Whether a matrix of this shape keeps all cores busy; if not, several are solved at once."""
+        return False
 
     def solver_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         """Bytes that torch takes of a GPU for one matrix, until it is merged: there they are not `survey_bytes`."""

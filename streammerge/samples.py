@@ -194,3 +194,35 @@ def batches(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     return [
         {"input_ids": torch.tensor([sample.input_ids]), "labels": torch.tensor([sample.labels])} for sample in samples
     ]
+
+
+def padded(samples: Sequence[Sample], count: int, divisor: int | None = None) -> list[dict[str, Any]]:
+    """The samples from the longest to the shortest, `count` to a batch, filled up behind their ends.
+
+    int64 tensors [samples, tokens] with an attention mask. `divisor` is what the loss of a batch is divided by.
+    """
+    import torch
+
+    found: list[dict[str, Any]] = []
+    ranked = sorted(samples, key=len, reverse=True)
+    for first in range(0, len(ranked), count):
+        some = ranked[first : first + count]
+        ids = torch.zeros(len(some), len(some[0]), dtype=torch.int64)
+        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        for row, sample in enumerate(some):
+            ids[row, : len(sample)] = torch.tensor(sample.input_ids)
+            labels[row, : len(sample)] = torch.tensor(sample.labels)
+            mask[row, : len(sample)] = 1
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        found.append(batch if divisor is None else batch | {"divisor": divisor})
+    return found
+
+
+def step_order(samples: int, batch: int, steps: int, seed: int) -> list[list[int]]:
+    """Which samples each step takes: every epoch all of them, in an order of its own, the last step what is left."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    found: list[list[int]] = []
+    while len(found) < steps:
+        order = random.permutation(samples).tolist()
+        found += [order[at : at + batch] for at in range(0, samples, batch)]
+    return found[:steps]

@@ -1,5 +1,6 @@
 """The library's verbs: merge = plan, run, report; the same without files, and what only looks."""
 
+from streammerge.api.composing import atlas
 from streammerge.api.layers import gradfix
 from streammerge.api.looking import demo, describe_methods, diff, inspect, verify
 from streammerge.api.merging import Token, check_out, merge
@@ -10,6 +11,7 @@ from streammerge.api.streaming import merge_state_dicts, stream
 __all__ = [
     "RecipeLike",
     "Token",
+    "atlas",
     "check_out",
     "demo",
     "describe_methods",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge import samples
+from streammerge.api.files import batch_digest, find_file, loss_name
 from streammerge.api.merging import Token
 from streammerge.api.merging import merge as run
 from streammerge.api.planning import Request, read_limits, read_request
@@ -56,7 +56,9 @@ def _save_votes(request: Request) -> Path | None:
 def _read(request: Request, several: bool) -> Data:
     """The samples that a recipe names."""
     recipe, given = request.recipe, request.recipe.extra.get("data") or {}
-    files = [_find(name, request.near) for name in given.get("train", ())] if needs_samples(request.resolution) else []
+    files = (
+        [find_file(name, request.near) for name in given.get("train", ())] if needs_samples(request.resolution) else []
+    )
     if not files and needs_samples(request.resolution):
         raise RecipeError(f"{recipe.where}: {recipe.merge_method} needs data.train: a file of samples, or votes")
     if several and not given.get("validation"):
@@ -66,7 +68,7 @@ def _read(request: Request, several: bool) -> Data:
     tokenizer, words = samples.Tokenizer(target.path), (target.config or {}).get("vocab_size")
     options = {"max_length": given.get("max_length"), "vocabulary": words if isinstance(words, int) else None}
     train = [samples.read_samples(file, tokenizer, **options) for file in files]
-    tried = samples.read_samples(_find(given["validation"], request.near), tokenizer, **options) if several else []
+    tried = samples.read_samples(find_file(given["validation"], request.near), tokenizer, **options) if several else []
     return Data(
         samples.batches([sample for task in train for sample in task]),
         [number for number, task in enumerate(train) for _ in task],
@@ -74,12 +76,6 @@ def _read(request: Request, several: bool) -> Data:
         CrossEntropy(chunk=WORDS),
         " ".join(map(samples.digest, [*train, tried])),
     )
-
-
-def _find(name: str, near: Sequence[Path]) -> Path:
-    """A file from here, or from beside the recipe."""
-    path = Path(name).expanduser()
-    return next((place for place in (path, *(folder / path for folder in near)) if place.exists()), path)
 
 
 def gradfix(
@@ -144,25 +140,10 @@ def gradfix(
     request = read_request(recipe)
     if count_alphas(request.resolution) > 1 and not validation:
         raise RecipeError("alpha is a list; give validation batches to choose one of it")
-    name = f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
-    named = " ".join([_batch_digest(batches), _batch_digest(validation), str(counted), name, str(stack.dtype)])
-    data = Data(batches, counted, validation, loss, named)
+    parts = [batch_digest(batches), batch_digest(validation), str(counted), loss_name(loss), str(stack.dtype)]
+    data = Data(batches, counted, validation, loss, " ".join(parts))
     limits = read_limits(**{**DEFAULTS, **options})
     plan = plan_layers(
         request.recipe, request.resolution, request.checkpoints, limits, stack, data, _save_votes(request)
     )
     return run(plan, out, resume=resume, overwrite=overwrite, progress=progress, cancel=cancel)
-
-
-def _batch_digest(batches: Sequence[Mapping[str, Any]]) -> str:
-    """Names batches by their tensors; other values by their text."""
-    import torch
-
-    found = hashlib.sha256()
-    for batch in batches:
-        for name, value in batch.items():
-            held = isinstance(value, torch.Tensor)
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() if held else f"{name} {value}".encode())
-            if held:
-                found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

@@ -11,6 +11,11 @@ from typing import Any, Protocol
 
 from streammerge.api.planning import RecipeLike, plan
 from streammerge.budget import Budget
+from streammerge.engine.anchor_files import KEPT, check_folder
+from streammerge.engine.anchor_plan import AnchorPlan
+from streammerge.engine.anchor_run import AnchorRun
+from streammerge.engine.composing_plan import ComposePlan
+from streammerge.engine.composing_run import Learning
 from streammerge.engine.findings import Findings, Progress
 from streammerge.engine.layer_run import LayerRun, check_votes_path
 from streammerge.engine.report import Watcher, make_report
@@ -18,6 +23,7 @@ from streammerge.engine.run import open_run
 from streammerge.engine.sinks import FileSink
 from streammerge.engine.sweeping import VOTES, LayerPlan
 from streammerge.errors import CheckpointError, Interrupted, OutputExists, RecipeError
+from streammerge.planner import coefficients
 from streammerge.planner.plan import Plan, describe_inputs
 from streammerge.store import journal
 from streammerge.store.publish import into_place, machine
@@ -77,13 +83,18 @@ def merge(
             return dict(json.loads((target / MANIFEST).read_bytes())["report"])
         _check_partial(partial, made, resume)
         settings = {"reader": reader, "strict": strict, "progress": progress, "cancelled": asks(cancel)}
-        findings, writer = (
-            _sweep(made, target, overwrite, cancel, settings)
-            if isinstance(made, LayerPlan)
-            else _merge(made, target, cancel, settings)
-        )
+        extra: dict[str, bytes] = {}
+        if isinstance(made, LayerPlan):
+            findings, writer = _sweep(made, target, overwrite, cancel, settings)
+        elif isinstance(made, AnchorPlan):
+            findings, writer = _anchor(made, target, overwrite, cancel, settings)
+        elif isinstance(made, ComposePlan):
+            findings, writer, extra = _learn(made, target, cancel, settings)
+        else:
+            findings, writer = _merge(made, target, cancel, settings)
     report = make_report(made, findings, watcher, writer.bytes_written)
     files, copies = _side_files(made)
+    files |= extra
     manifest = {
         "recipe": made.recipe.canonical(),
         "digest": made.digest,
@@ -170,6 +181,64 @@ def _sweep(
             writer.close()
         ring.close()
     (writer.partial / VOTES).unlink(missing_ok=True)
+    return run.findings, writer
+
+
+def _learn(
+    made: ComposePlan, target: Path, cancel: Token | None, options: dict[str, Any]
+) -> tuple[Findings, Writer, dict[str, bytes]]:
+    """Sweeps that learn coefficients, then tiles in the order of the output; and the coefficients as a file."""
+    budget = Budget(made.ram_budget_bytes, made.held_bytes)
+    ring = Ring(budget, made.out_bytes, "the ring of results")
+    told = {name: options[name] for name in ("reader", "progress", "cancelled")}
+    writer: Writer | None = None
+    try:
+        writer = Writer(target, made.layout.shards, made.unfinished, ring)
+        with _kept(writer, options["strict"], cancel):
+            learning = Learning(made, writer.partial, **told)
+            found, figures = learning.work()
+            settled = found.of_plan(made)
+            run = open_run(settled, budget, **options)
+            try:
+                sink = FileSink(settled, writer)
+                for _ in run.results(sink):
+                    pass
+                sink.finish()
+            finally:
+                run.close()
+    finally:
+        ring.stop()
+        if writer is not None:
+            writer.close()
+        ring.close()
+    learning.clean()
+    run.findings.read_bytes += learning.findings.read_bytes
+    run.findings.vram_peak_bytes = learning.findings.vram_peak_bytes
+    run.findings.learned |= figures | found.figures()
+    return run.findings, writer, {coefficients.NAME: found.write()}
+
+
+def _anchor(
+    made: AnchorPlan, target: Path, overwrite: bool, cancel: Token | None, options: dict[str, Any]
+) -> tuple[Findings, Writer]:
+    """The start's merge, then unit by unit, each written when it is done."""
+    partial = target.with_name(target.name + ".partial")
+    if made.save is not None:
+        check_folder(made.save, target, partial, overwrite, own=partial.exists())
+    budget = Budget(made.ram_budget_bytes, made.held_bytes)
+    ring = Ring(budget, made.out_bytes, "the ring of results")
+    writer: ScatterWriter | None = None
+    try:
+        writer = ScatterWriter(target, made.shards, made.unfinished, ring, made.members)
+        run = AnchorRun(made, writer, budget, **options)
+        with _kept(writer, options["strict"], cancel):
+            run.work()
+    finally:
+        ring.stop()
+        if writer is not None:
+            writer.close()
+        ring.close()
+    (writer.partial / KEPT).unlink(missing_ok=True)
     return run.findings, writer
 
 

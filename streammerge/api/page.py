@@ -52,6 +52,7 @@ def page(name: str, manifest: Mapping[str, Any]) -> str:
         _table(("", "measured", "promised"), _figures(found), numbers=(1, 2)),
         "<h2>Memory</h2>",
         plots.memory(found),
+        *_learned(found.get("atlas")),
         *_sections(found),
         "<h2>Recipe</h2>",
         f"<pre>{escape(json.dumps(manifest['recipe'], indent=2))}</pre>",
@@ -84,6 +85,24 @@ def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield f"{each['tensor']} of {each['file']}", f"holds {each['holds']}", ""
 
 
+def _learned(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Coefficients: layers by experts, and every tensor's; the losses of the steps."""
+    if found is None:
+        return
+    yield f"<h2>Coefficients</h2>{plots.heat(found['tensors'], list(map(_short, found['models'])))}"
+    yield "<p class=dim>The mean over the tensors of a layer; in: before the layers, out: behind them.</p>"
+    if len(found.get("loss", ())) > 1:
+        yield plots.by_depth({f"step.{at}.loss": {"loss of a step": loss} for at, loss in enumerate(found["loss"])})
+    for step, loss in found.get("validation", ()):
+        yield f"<p>validation loss after step {step}: {loss:.5g}{' (kept)' if step == found['kept'] else ''}</p>"
+    yield from _sections({"Coefficients by tensor": found["tensors"]})
+
+
+def _short(model: str) -> str:
+    """The last part of a path."""
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
 def _sections(found: Mapping[str, Any]) -> Iterator[str]:
     """What methods said of their tensors: every entry of the report that has figures by tensor."""
     for key, rows in found.items():
@@ -94,6 +113,8 @@ def _sections(found: Mapping[str, Any]) -> Iterator[str]:
         table = _table(("tensor", *names), cells, numbers=range(1, len(names) + 1))
         yield f"<h2>{escape(key.replace('_', ' ').capitalize())}</h2>{plots.by_depth(rows)}"
         yield f"<details><summary>{len(rows)} rows</summary>{table}</details>"
+        if curves := found.get(f"{key}_curves"):
+            yield plots.curves(curves)
 
 
 def _is_row(row: Any) -> bool:

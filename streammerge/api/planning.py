@@ -52,9 +52,10 @@ def plan(
     limits = read_limits(ram, vram, device, threads, shard_size, seed, in_memory)
     request = read_request(recipe)
     if methods.find(request.recipe.merge_method).sees == "layer":
-        from streammerge.api.layers import plan_request
+        from streammerge.api import anchors, composing, layers
 
-        return plan_request(request, limits)
+        known = {"atlas": composing.plan_request, anchors.METHOD: anchors.plan_request}
+        return known.get(request.recipe.merge_method, layers.plan_request)(request, limits)
     return make_plan(request.recipe, request.resolution, request.checkpoints, limits)
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from streammerge.budget import MIB
 from streammerge.errors import RecipeError
+from streammerge.planner.layers import comes_before
 
 Rows = Mapping[str, Mapping[str, float]]  # tensor -> figure -> value
 
 INK = "#808890"
 COLOURS = ("#3b82c4", "#d97b29", "#4a9e5c", "#b04a9a", "#c4453b", "#8a7a2f", "#5f6fd0", "#2f9c9c")
-_DEPTH = re.compile(r"\.(\d+)\.")
+_DEPTH = re.compile(r"\.(\d+)(?:\.|$)")
 
 
 def memory(report: Mapping[str, Any]) -> str:
@@ -68,6 +69,68 @@ def by_depth(rows: Rows) -> str:
             axes.set_xlabel("layer", fontsize=8)
         keys = [_line(colours[kind]) for kind in kinds]
         figure.legend(keys, kinds, loc="outside lower center", fontsize=7, ncols=2, frameon=False, labelcolor=INK)
+    return made()
+
+
+def heat(rows: Rows, names: Sequence[str]) -> str:
+    """Layers across, `names` down: the mean over a layer's tensors of figures c_1, c_2, ..., one for each name.
+
+    Orange is above 0, blue below; what lies outside the layers has columns of its own, in front and behind.
+    """
+    columns = _columns(list(rows))
+    values = [[0.0] * len(columns) for _ in names]
+    for at, tensors in enumerate(columns.values()):
+        for line in range(len(names)):
+            found = [rows[tensor][f"c_{line + 1}"] for tensor in tensors]
+            values[line][at] = sum(found) / len(found)
+    most = max((abs(value) for line in values for value in line), default=0.0) or 1.0
+    with _figure(max(4.6, 0.28 * len(columns) + 2.6), 0.34 * len(names) + 1.2) as (figure, made):
+        from matplotlib.colors import LinearSegmentedColormap
+
+        axes = figure.subplots()
+        shades = LinearSegmentedColormap.from_list("signed", [COLOURS[0], "#80808018", COLOURS[1]])
+        image = axes.imshow(values, cmap=shades, vmin=-most, vmax=most, aspect="auto")
+        axes.set_yticks(range(len(names)), names)
+        step = -(-len(columns) // 16)
+        axes.set_xticks(range(0, len(columns), step), list(columns)[::step])
+        axes.set_xlabel("layer")
+        bar = figure.colorbar(image, ax=axes)
+        bar.ax.tick_params(colors=INK, labelsize=8)
+        bar.outline.set_visible(False)
+    return made()
+
+
+def _columns(names: Sequence[str]) -> dict[str, list[str]]:
+    """Tensors by layer; those of no layer by whether they come before or behind the layers, or without any."""
+    layers: dict[int, list[str]] = {}
+    outside: list[list[str]] = [[], []]
+    for name in names:
+        found = _DEPTH.search(name)
+        if found is None:
+            outside[comes_before(name)].append(name)
+        else:
+            layers.setdefault(int(found[1]), []).append(name)
+    after, before = outside
+    inside = {str(layer): layers[layer] for layer in sorted(layers)}
+    return {**({"in": before} if before else {}), **inside, **({"out": after} if after else {})}
+
+
+def curves(kinds: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[float]]]]]) -> str:
+    """A panel per kind of loss: a line for each unit and expert, fainter for the first units than for the last."""
+    with _figure(4.6 * len(kinds), 3.0) as (figure, made):
+        for axes, (kind, units) in zip(figure.subplots(1, len(kinds), squeeze=False).flat, kinds.items(), strict=True):
+            for place, lines in enumerate(units.values()):
+                shade = 0.25 + 0.75 * (place + 1) / len(units)
+                for number, points in enumerate(lines.values()):
+                    colour = COLOURS[number % len(COLOURS)]
+                    axes.plot(*zip(*points, strict=True), lw=1, color=colour, alpha=shade)
+            axes.set_title(f"{kind} loss".replace("_", " "), fontsize=9)
+            axes.set_xlabel("step" if kind == "construction" else "epoch", fontsize=8)
+        experts = max(len(lines) for units in kinds.values() for lines in units.values())
+        if experts > 1:
+            keys = [_line(COLOURS[number % len(COLOURS)]) for number in range(experts)]
+            names = [f"expert {number}" for number in range(experts)]
+            figure.legend(keys, names, loc="outside lower center", fontsize=7, ncols=4, frameon=False, labelcolor=INK)
     return made()
 
 

@@ -68,8 +68,10 @@ def plan(made: Any) -> None:
     inputs = len(made.inputs)
     many = {1: "one", 2: "two", 3: "three", 4: "four"}.get(body["passes"], str(body["passes"]))
     passes = "one pass" if body["passes"] == 1 else f"{many} passes where inputs do not fit"
-    if body.get("sweeps"):
+    if body.get("sweeps") and "samples" in body:
         passes = f"{many} passes over the layers, {count(body['samples'], 'sample')}"
+    elif body.get("sweeps"):
+        passes = f"{body['units']} of {count(body['units_of'], 'unit')}, one at a time"
     kernels = ", ".join(f"{name} ({how})" for name, how in body["kernels"].items())
     lines(
         [
@@ -92,10 +94,34 @@ def plan(made: Any) -> None:
             ),
             ("with", kernels, f"on {body['device']}, {count(made.threads, 'thread')}"),
             *_solvers(body),
+            *_lessons(body.get("learn")),
         ]
     )
     for warning in body["warnings"]:
         note(warning)
+
+
+def _lessons(found: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """The line on coefficients that are to be learned."""
+    if found is None:
+        return []
+    words = {"twice": "read twice", "memory": "composed in memory", "disk": "composed on disk", "pinned": "pinned"}
+    kept = ", ".join(f"{number} {words[place]}" for place, number in found["stages"].items())
+    read = f"{human(found['step_read_bytes'])} read in each; {kept} of {sum(found['stages'].values())} stages"
+    return [("learn", f"{found['coefficients']:,}", f"coefficients, {count(found['steps'], 'step')}, {read}")]
+
+
+def _learned(found: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """The line on coefficients that were learned."""
+    if found is None or "loss" not in found:
+        return []
+    first, last = found["loss"][0], found["loss"][-1]
+    told = [count(found["steps"], "step"), "coefficients.json beside the manifest"]
+    if "validation" in found:
+        best = next(loss for step, loss in found["validation"] if step == found["kept"])
+        before = found["validation"][0][1]
+        told.insert(1, f"validation {before:.4g} to {best:.4g}, kept those of step {found['kept']}")
+    return [("loss", f"{first:.4g} to {last:.4g}", ", ".join(told))]
 
 
 def _solvers(body: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -103,7 +129,8 @@ def _solvers(body: dict[str, Any]) -> list[tuple[str, str, str]]:
     if not body["solvers"]:
         return []
     how = ", ".join(body["solvers"])
-    return [("solve", how, count(sum(body["solvers"].values()), "matrix", "matrices"))]
+    many = count(sum(body["solvers"].values()), "matrix", "matrices")
+    return [("solve", how, many + (f", {body['solved_at_once']} at once" if body["solved_at_once"] > 1 else ""))]
 
 
 def _vram(body: dict[str, Any], promised: dict[str, Any], how: str) -> list[tuple[str, str, str]]:
@@ -129,7 +156,8 @@ def report(body: dict[str, Any], out: str) -> None:
         ("wrote", human(body["write_bytes"]), f"{count(body['shards'], 'shard')} in {out}"),
         ("took", duration(body["seconds"]), rate),
     ]
-    lines([*rows, *_matrices(body["matrices"]), *_masked(body.get("gradfix"))])
+    rows += [*_matrices(body["matrices"]), *_masked(body.get("gradfix")), *_learned(body.get("atlas"))]
+    lines([*rows, *_units(body.get("fda"))])
     if copied := body["copied_tensors"]:
         note(f"{count(copied, 'tensor')} the same in all inputs, copied")
     for found in body["nonfinite"]:
@@ -162,6 +190,18 @@ def _masked(figures: dict[str, Any] | None) -> list[tuple[str, str, str]]:
     return [("kept", f"{total['kept'] / max(1, total['elements']):.1%}", ", ".join(told))]
 
 
+def _units(figures: dict[str, dict[str, float]] | None) -> list[tuple[str, str, str]]:
+    """The line on units that learned from anchors: how far each loss came."""
+    if not figures:
+        return []
+    rows = figures.values()
+    made = [row[key] for row in rows for key in row if key.startswith("loss_")]
+    told = [f"construction loss {min(made):.3g} to {max(made):.3g}"] if made else []
+    adapted = [row["adaptation"] for row in rows if "adaptation" in row]
+    told += [f"adaptation loss {min(adapted):.4g} to {max(adapted):.4g}"] if adapted else []
+    return [("units", str(len(figures)), ", ".join(told))]
+
+
 @contextmanager
 def progress(made: Any, silent: bool) -> Iterator[Callable[[Any], None] | None]:
     """A progress bar on a terminal: bytes written, GB/s moved, time left; nothing in a pipe."""
@@ -186,6 +226,9 @@ def progress(made: Any, silent: bool) -> Iterator[Callable[[Any], None] | None]:
             elapsed = bar.tasks[0].elapsed or 1e-9
             moved = now.read_bytes + now.written_bytes
             text = f"{human(now.written_bytes)} of {human(now.written_total)}, {moved / elapsed / 1e9:.2f} GB/s"
-            bar.update(task, completed=now.written_bytes, moved=text, tensor=now.tensor)
+            done = now.written_bytes
+            if now.work_total:  # arithmetic tells the time that is left, bytes do not
+                done = round((bar.tasks[0].total or 0) * min(1.0, now.work / now.work_total))
+            bar.update(task, completed=done, moved=text, tensor=now.tensor)
 
         yield tell

@@ -15,7 +15,9 @@ class Progress:
     read_total: int = 0
     written_bytes: int = 0
     written_total: int = 0
-    tensor: str = ""
+    tensor: str = ""  # or what is being done
+    work: float = 0.0  # where arithmetic counts and not bytes: done, and in all
+    work_total: float = 0.0
 
 
 @dataclass
@@ -27,6 +29,9 @@ class Findings:
     figures: dict[str, dict[str, float]] = field(default_factory=dict)  # of tensors that were solved: how it went
     masked: dict[str, dict[str, float]] = field(default_factory=dict)  # of tensors that were masked: what was kept
     transport: dict[str, Any] = field(default_factory=dict)  # of the masking as a whole
+    learned: dict[str, Any] = field(default_factory=dict)  # coefficients, and how they were learned
+    anchors: dict[str, dict[str, Any]] = field(default_factory=dict)  # by their name in a file: how they were made
+    adapted: dict[str, dict[str, Any]] = field(default_factory=dict)  # units, and how they were adapted
     read_bytes: int = 0
     extra_rounds: int = 0
     vram_peak_bytes: int = 0  # that torch reserved; the driver's own come on top
@@ -41,6 +46,9 @@ class Findings:
                 self.masked.setdefault(name, {}).update(figures)
             else:
                 self.figures[name] = figures
+        elif "anchors" in note or "adapted" in note:
+            ((kind, (name, values)),) = note.items()
+            getattr(self, kind)[name] = values
         elif "gradfix" in note:
             self.transport.update(note["gradfix"])
         elif tuple(note["nonfinite"]) not in self.nonfinite:
@@ -63,3 +71,27 @@ class Findings:
         if any("descent" in row for row in rows):
             total["descent"] = math.fsum(row.get("descent", 0.0) for row in rows)
         return {"gradfix": {**self.transport, "total": total, "tensors": self.masked}}
+
+    def units(self) -> dict[str, Any]:
+        """Anchors and adaptation of every unit; empty if there are none.
+
+        "fda" has a row of numbers for each; "fda_curves" what a loss did: kind -> unit -> expert -> [step, loss].
+        """
+        if not self.adapted:
+            return {}
+        rows: dict[str, dict[str, float]] = {}
+        curves: dict[str, dict[str, dict[str, Any]]] = {"construction": {}, "adaptation": {}, "held_out": {}}
+        for name, made in self.anchors.items():
+            if "unit" in made:
+                unit, expert = made["unit"], name.rpartition(".")[2]
+                row = rows.setdefault(unit, {})
+                row |= {f"{key}_{expert}": made[key] for key in ("loss", "first", "seconds") if key in made}
+                if "curve" in made:
+                    curves["construction"].setdefault(unit, {})[expert] = made["curve"]
+        for unit, figures in self.adapted.items():
+            names = {"loss": "adaptation", "first": "adaptation_first", "seconds": "adaptation_seconds"}
+            rows.setdefault(unit, {}).update({names[key]: figures[key] for key in names if key in figures})
+            for kind, key in (("adaptation", "curve"), ("held_out", "held_out")):
+                if figures.get(key):
+                    curves[kind].setdefault(unit, {})["0"] = figures[key]
+        return {"fda": rows, "fda_curves": {kind: found for kind, found in curves.items() if found}}

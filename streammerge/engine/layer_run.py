@@ -65,8 +65,7 @@ class LayerRun:
             MachineError: reading or writing failed.
         """
         plan, writer = self.plan, self._writer
-        for left in writer.partial.glob("streammerge-*"):  # hidden states of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        self._clear()
         if not all(shard.name in writer.hashes for shard in plan.layout.shards) or self._unsaved:
             self._train()
             self._save_votes()
@@ -78,6 +77,11 @@ class LayerRun:
                 self._merge_rest()
                 self._note({"gradfix": {"alpha": plan.alphas[0]}})
         writer.drain()
+
+    def _clear(self) -> None:
+        """Remove what a run that was killed kept between layers."""
+        for left in self._writer.partial.glob("streammerge-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     @property
     def _unsaved(self) -> bool:
@@ -133,7 +137,7 @@ class LayerRun:
                 sweep.run(batches, done)
             finally:
                 self.findings.read_bytes = before + sweep.bytes_read
-                self.findings.vram_peak_bytes = max(self.findings.vram_peak_bytes, _reserved(plan))
+                self.findings.vram_peak_bytes = max(self.findings.vram_peak_bytes, reserved(plan))
 
     def _put(self, name: str, size: int) -> None:
         self._progress.tensor = name
@@ -226,11 +230,16 @@ class LayerRun:
                 pass
         finally:
             run.close()
+        self._collect(run)
+
+    def _collect(self, run: Run) -> None:
+        """Take over what a merge found, once it is closed."""
         self.findings.read_bytes += run.findings.read_bytes
         self.findings.copied |= run.findings.copied
         self.findings.nonfinite += [each for each in run.findings.nonfinite if each not in self.findings.nonfinite]
         for name, figures in run.findings.masked.items():
             self.findings.masked.setdefault(name, {}).update(figures)
+        self.findings.figures |= run.findings.figures
 
     # --- the file of votes ---
 
@@ -281,9 +290,9 @@ def _neighbours(tensors: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor
         yield group
 
 
-def _reserved(plan: SweepPlan) -> int:
+def reserved(plan: SweepPlan) -> int:
     if not plan.on_gpu:
         return 0
     import torch
 
-    return int(torch.cuda.max_memory_reserved(plan.place))
+    return int(torch.cuda.max_memoryreserved(plan.place))

@@ -28,6 +28,8 @@ from streammerge.store.reader import Mode, Reader
 from streammerge.store.ring import Ring
 from streammerge.store.scratch import Scratch
 
+PIECE = 32 << 20  # bytes that freed memory is kept below, where every sweep needs the same again: fresh pages cost more
+
 
 class Sweep:
     """Runs a plan's stages over batches; may be used for several sweeps. A context: closing gives everything back."""
@@ -63,6 +65,8 @@ class Sweep:
             poison=poison,
         )
         self.stack.to(self._place.device)
+        if plan.graphs:
+            return_freed_memory(PIECE)
 
     @property
     def bytes_read(self) -> int:
@@ -74,7 +78,8 @@ class Sweep:
 
         `done` names stages whose results are there already. Raises Interrupted if cancelled between two visits.
         """
-        passes = Passes(self.stack, self._hooks, self._loss, self.scratch, self._place.device, batches, done)
+        place, graphs = self._place.device, self.plan.graphs
+        passes = Passes(self.stack, self._hooks, self._loss, self.scratch, place, batches, done, graphs)
         losses: list[float] = []
         head = len(self.stack.stages) - 1
         try:
@@ -111,7 +116,8 @@ class Sweep:
             for number, visit in enumerate(plan.visits):
                 if self._cancelled():
                     raise Interrupted("stopped on request")
-                return_freed_memory()
+                if not plan.graphs:
+                    return_freed_memory()
                 ready = feed.next()
                 for index in sorted(ready.new):
                     self._hooks.weights(ready.loaded[index], visit.backward)
@@ -126,6 +132,7 @@ class Sweep:
         import torch
 
         self.stack.to(torch.device("cpu"))
+        return_freed_memory()
         self.scratch.close()
         self._blocks.close()
         self._reader.close()

@@ -48,6 +48,10 @@ class Hooks:
         """Whether `weights` writes all of this stage's weights, so that none are read for it."""
         return False
 
+    def wants(self, stage: Stage, source: int, names: Sequence[str], backward: bool) -> Sequence[str]:
+        """Which of these tensors of a checkpoint that `reads` names are read."""
+        return names
+
     def cost(self, stage: Stage, backward: bool) -> Cost:
         """Bytes that the method itself holds while this stage is resident."""
         return Cost()

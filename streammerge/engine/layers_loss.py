@@ -28,8 +28,8 @@ class CrossEntropy:
     """Next-token cross-entropy of `batch["labels"]`, [samples, tokens] beside input_ids; -100 is not supervised.
 
     `tokens` is what the sum is divided by: None for the batch's own supervised tokens (the mean of one batch), or their
-    number over all batches (the mean over all). `shift=False` for labels that belong to their own position (masked
-    language models).
+    number over all batches (the mean over all); a batch may name its own under "divisor". `shift=False` for labels that
+    belong to their own position (masked language models).
     """
 
     tokens: int | None = None
@@ -45,7 +45,7 @@ class CrossEntropy:
         total = torch.nn.functional.cross_entropy(
             logits.view(-1, logits.shape[-1]), labels.view(-1), ignore_index=IGNORED, reduction="sum"
         )
-        return total / self._divisor(labels)
+        return total / self._divisor(labels, batch)
 
     def run(self, stack: Stack, weights: Values, batch: Batch, hidden: Tensor) -> Tensor:
         """The loss from the last layer's hidden state; in parts if the vocabulary is larger than `chunk`."""
@@ -57,7 +57,7 @@ class CrossEntropy:
         wanted = labels != IGNORED
         weight, bias = (None if name is None else weights[name] for name in stack.vocabulary_names)
         parts = _Parts(lambda scores: stack.logits(batch, scores), self.chunk, labels[wanted])
-        return _chunked().apply(final[wanted], weight, bias, parts) / self._divisor(labels)
+        return _chunked().apply(final[wanted], weight, bias, parts) / self._divisor(labels, batch)
 
     def labels(self, batch: Batch) -> Tensor:
         """What each position is to predict."""
@@ -68,8 +68,9 @@ class CrossEntropy:
         labels: Tensor = batch["labels"]
         return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous() if self.shift else labels
 
-    def _divisor(self, labels: Tensor) -> Any:
-        return (labels != IGNORED).sum() if self.tokens is None else self.tokens
+    def _divisor(self, labels: Tensor, batch: Batch) -> Any:
+        given = batch.get("divisor", self.tokens)
+        return (labels != IGNORED).sum() if given is None else given
 
 
 Loss = CrossEntropy | Callable[[Any, Batch], "Tensor"]  # of what a model returns for a batch, a scalar

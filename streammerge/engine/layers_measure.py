@@ -54,7 +54,7 @@ def _peak(stack: Stack, stage: Stage, call: Call, hidden: Any, learns: bool, dev
     whole = device is not None  # gradients of weights take memory where there is some
     assert stage.module is not None
     buffers = {name: move(buffer) for name, buffer in stage.module.named_buffers()} if device is not None else {}
-    live = _live(
+    live = count_live(
         list(tensors((args, kwargs))) + list(values.values()) + list(weights.values()) + list(buffers.values())
     )
     with live, _fused_attention():
@@ -104,7 +104,7 @@ def _let_go(leaf: Tensor) -> None:
     leaf.grad = None
 
 
-def _live(known: list[Tensor]) -> Any:
+def count_live(known: list[Tensor]) -> Any:
     """A mode in which `now` and `peak` are the bytes of the tensors made meanwhile."""
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -162,8 +162,9 @@ def _visit(sources: Sources, hooks: Hooks, indices: tuple[int, ...], backward: b
         )
         present.update(stage.parameters)
         if composed or index == indices[0] or stage.kind == "layer":  # a head beside the embedding was finished before
-            units.extend(sources.raw(stage, source, names) for source in hooks.reads(stage, backward))
-    return Visit(indices, backward, tuple(units))
+            for source in hooks.reads(stage, backward):
+                units.append(sources.raw(stage, source, hooks.wants(stage, source, names, backward)))
+    return Visit(indices, backward, tuple(unit for unit in units if unit.places or unit.source < 0))
 
 
 def alive(visits: Sequence[Visit], prefetch: int) -> list[dict[Unit, None]]:

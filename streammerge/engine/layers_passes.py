@@ -61,12 +61,16 @@ class Passes:
         device: torch.device,
         batches: Sequence[Batch],
         done: Collection[str],
+        graphs: bool = False,
     ) -> None:
         self._stack, self._hooks, self._loss, self._device = stack, hooks, loss, device
         self._kept = Kept(scratch, device)
         self._batches, self._done = batches, frozenset(done)
         self._learns = hooks.gradients != "none"
         self._records: list[Record] = []
+        self._graphs = graphs and self._learns  # of every layer and batch, kept from the way there to the way back
+        self._open: dict[int, Gradients] = {}
+        self._ran: dict[tuple[int, int], tuple[list[Tensor], dict[Key, Tensor]]] = {}
 
     def enter(self, loaded: Loaded) -> None:
         """The embedding of every batch; what its layers will be given."""
@@ -90,7 +94,7 @@ class Passes:
             for stage in stages:
                 self._passes(ready.loaded[stage.index], number)
                 self._through(stage, ready.loaded[stage.index], number, keep=True)
-                if stage is not stages[0] or not self._learns:
+                if (stage is not stages[0] or not self._learns) and not self._graphs:
                     self._kept.drop("value", number, (stage.index - 1, 0))
 
     def _through(self, stage: Stage, loaded: Loaded, number: int, keep: bool) -> None:
@@ -103,8 +107,13 @@ class Passes:
         record = self._records[number]
         call = record.calls[stage.index - 1]
         values = self._arguments(number, call)
+        if self._graphs and stage.index not in self._open:
+            self._open[stage.index] = self._gradients(loaded)
+        weights = self._open[stage.index].leaves if self._graphs else leaves(loaded, self._hooks)
         with torch.set_grad_enabled(self._learns):
-            results = self._stack.layer(stage, leaves(loaded, self._hooks), call, values)
+            results = self._stack.layer(stage, weights, call, values)
+        if self._graphs:
+            self._ran[stage.index, number] = results, values
         for key, result in zip(call.gives, results, strict=True):
             if key is not None and (key[1] == 0 or (keep and key in record.wanted)):
                 self._kept.put("value", number, key, result)
@@ -144,27 +153,30 @@ class Passes:
 
     def backward(self, ready: Ready) -> None:
         stages = [self._stack.stages[index] for index in ready.visit.stages]
-        if len(stages) > 1:
+        if len(stages) > 1 and not self._graphs:
             for number in range(len(self._batches)):
                 for stage in stages[:-1]:
                     self._through(stage, ready.loaded[stage.index], number, keep=False)
         for stage in reversed(stages):
             loaded = ready.loaded[stage.index]
-            gradients = self._gradients(loaded)
+            gradients = self._open.pop(stage.index) if self._graphs else self._gradients(loaded)
             for number in range(len(self._batches)):
                 self._back(stage, gradients, number)
             gradients.finish()
             self._emit(loaded)
 
     def _back(self, stage: Stage, gradients: Gradients, number: int) -> None:
-        """One layer, one batch: run it again under autograd, and its results' gradients through it."""
+        """One layer, one batch: run it again under autograd, unless that was kept, and its results' gradients back."""
         import torch
 
         call = self._records[number].calls[stage.index - 1]
-        values = self._arguments(number, call)
         gradients.batch = number
-        with torch.enable_grad():
-            results = self._stack.layer(stage, gradients.leaves, call, values)
+        if self._graphs:
+            results, values = self._ran.pop((stage.index, number))
+        else:
+            values = self._arguments(number, call)
+            with torch.enable_grad():
+                results = self._stack.layer(stage, gradients.leaves, call, values)
         roots = {
             key: result
             for key, result in zip(call.gives, results, strict=True)

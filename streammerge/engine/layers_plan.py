@@ -10,7 +10,7 @@ has left, and files take the rest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge import kernel
@@ -58,6 +58,7 @@ class SweepPlan:
     scratch_device_bytes: int
     scratch_host_bytes: int
     scratch_dtype: torch.dtype | None
+    graphs: bool = False  # no layer runs again on the way back: all stay in memory, with what autograd keeps of them
 
     @property
     def read_bytes(self) -> int:
@@ -111,6 +112,7 @@ class Limits:
     device: str = "cpu"
     group: int = 1
     prefetch: int | None = None
+    graphs: bool = False  # with all layers in one group: see SweepPlan
     scratch: torch.dtype | None = None  # what hidden states and their gradients are kept in; None: as computed
 
 
@@ -138,7 +140,12 @@ def plan_sweep(
     visits = sweep_order(sources, hooks, limits.group)
     shapes = _Shapes(stack, batches)
     works = [_work(stack, hooks, loss, visit, shapes) for visit in visits]
-    return _fit(sources, hooks, loss, visits, works, shapes.constants, shapes.kept(limits), limits)
+    if limits.graphs:
+        assert limits.group >= len(stack.layers), "layers that leave memory cannot keep their graphs"
+        assert not hooks.panels
+    held = shapes.constants + (shapes.graphs(loss) if limits.graphs else 0)
+    plan = fit_visits(sources, hooks, loss, visits, works, held, shapes.kept(limits), limits)
+    return replace(plan, graphs=limits.graphs)
 
 
 def plan_layers(
@@ -150,7 +157,7 @@ def plan_layers(
     visits = layer_order(sources, hooks)
     works = [hooks.cost(stack.stages[visit.stages[0]], True) for visit in visits]
     found = [cost.host if limits.device == "cpu" else cost.device for cost in works]
-    return _fit(sources, hooks, None, visits, found, 0, 0, limits)
+    return fit_visits(sources, hooks, None, visits, found, 0, 0, limits)
 
 
 class _Shapes:
@@ -186,6 +193,12 @@ class _Shapes:
         if key not in self._measured:
             self._measured[key] = layer_bytes(self._stack, stage, call, values, learns)
         return self._measured[key] + 4 * hidden
+
+    def graphs(self, loss: Loss) -> int:
+        """What autograd keeps of all layers and batches, at most."""
+        layers = [stage for stage in self._stack.stages if stage.kind == "layer"]
+        each = {kind: sum(self.arithmetic(stage, kind, loss, True) for stage in layers) for kind in self.kinds}
+        return sum(self._counts[kind] * size for kind, size in each.items())
 
     def kept(self, limits: Limits) -> int:
         """Bytes of hidden states and gradients that are kept at once, at most."""
@@ -230,7 +243,7 @@ def _logits_bytes(stack: Stack, loss: Loss, tokens: int) -> int:
     return tokens * min(words, chunk or words) * 4 * 6
 
 
-def _fit(
+def fit_visits(
     sources: Sources,
     hooks: Hooks,
     loss: Loss | None,

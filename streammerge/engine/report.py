@@ -68,6 +68,8 @@ def make_report(plan: Plan, findings: Findings, watcher: Watcher, written: int) 
         "nonfinite": [{"tensor": t, "file": f, "holds": k} for t, f, k in findings.nonfinite],
         "matrices": findings.figures,
         **findings.masking(),
+        **findings.units(),
+        **({"atlas": findings.learned} if findings.learned else {}),
         "predicted": plan.as_dict(),
         "version": __version__,
     }

@@ -10,23 +10,29 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from streammerge.budget import Budget
 from streammerge.engine.feed import Feed, Loaded
 from streammerge.engine.findings import Findings, Progress
+from streammerge.engine.lanes import Lanes
 from streammerge.engine.sinks import Sink
 from streammerge.engine.tiles import Crew, Merger, look, settle_in_memory
 from streammerge.errors import CheckpointError, Interrupted
 from streammerge.formats.dtypes import SIGNS, bits_of
 from streammerge.kernels.numerics import Span
-from streammerge.method import Flags, Survey, Tile
+from streammerge.method import Flags, Survey, TensorMethod, Tile
 from streammerge.planner.plan import Plan
 from streammerge.planner.steps import Piece, PlannedTensor, Step, tile_steps
 from streammerge.store.reader import Mode, Reader
 from streammerge.store.ring import Ring
+
+LOOK = 0.002  # seconds between looks for room in the ring while a matrix is solved
 
 
 class Run:
@@ -47,9 +53,12 @@ class Run:
         self.ring = Ring(budget, plan.ring_bytes, "the ring of tiles")
         self._reader = Reader(self.ring, reader)
         self._crew = Crew(plan.threads)
+        self._lanes = Lanes(plan.at_once)
         self._progress = Progress(read_total=plan.read_bytes, written_total=sum(t.end - t.begin for t in plan.tensors))
         self._mergers: dict[int, Merger] = {}
         self._surveys: dict[int, Survey] = {}
+        self._settling: dict[int, Future[None]] = {}  # surveys that a lane works on
+        self._waiting: deque[list[Loaded]] = deque()  # groups to be merged, in order
         self._halfway = -1  # the tensor whose first half an earlier run merged
         self._feed: Feed | None = None
 
@@ -72,8 +81,12 @@ class Run:
             self._progress.read_bytes = max(0, self.plan.read_bytes - left)
         self._progress.written_bytes = sum(t.end - t.begin for t in self.plan.tensors[:first])
         self._feed = Feed(self.ring, self._reader, self.plan.work(first, start))
-        while (loaded := self._next()) is not None:
+        while True:
+            yield from self._make_way(sink)
+            if (loaded := self._next()) is None:
+                break
             if loaded.step.kind == "sample":
+                yield from self._merge_waiting(sink, 0)
                 self._survey_streamed(loaded)
                 continue
             if loaded.step.kind == "survey":  # a round that the survey did without
@@ -81,8 +94,29 @@ class Run:
                 continue
             group = [loaded]
             while not group[-1].step.last:
+                yield from self._make_way(sink)
                 group.append(self._must())
             self._settle(group)
+            self._waiting.append(group)
+            if self._lanes.count == 1:
+                yield from self._merge_waiting(sink, 0)
+        yield from self._merge_waiting(sink, 0)
+
+    def _make_way(self, sink: Sink) -> Iterator[int]:
+        """Merge what waits and is settled, as long as the next step has no room in the ring."""
+        assert self._feed is not None
+        while self._waiting and not self._feed.ready():
+            oldest = [self._settling[i] for i in _tensors(self._waiting[0]) if i in self._settling]
+            if not wait(oldest, LOOK).not_done:
+                yield from self._merge_waiting(sink, len(self._waiting) - 1)
+
+    def _merge_waiting(self, sink: Sink, left: int) -> Iterator[int]:
+        """Merge the oldest groups until so many are left."""
+        while len(self._waiting) > left:
+            group = self._waiting.popleft()
+            for index in _tensors(group):
+                if (settled := self._settling.pop(index, None)) is not None:
+                    settled.result()
             for member in group:
                 yield from self._merge(member, sink)
 
@@ -96,6 +130,7 @@ class Run:
         if self._feed is not None:
             self._feed.close()
         self._reader.close()
+        self._lanes.close()
         self._crew.close()
         self.findings.read_bytes = self._reader.bytes_read
         self.ring.close()
@@ -143,7 +178,11 @@ class Run:
         for index, found in tiles.items():
             tensor = self.plan.tensors[index]
             self._surveys[index] = survey = fresh(tensor)
-            settle_in_memory(self._crew, tensor.method, survey, found)
+            settle = partial(settle_in_memory, self._crew, tensor.method, survey, found)
+            if isinstance(tensor.method, TensorMethod):
+                self._settling[index] = self._lanes.do(settle)
+            else:
+                settle()
 
     def _survey_streamed(self, sample: Loaded) -> None:
         """Survey a tensor that does not fit: read once per round, tile by tile."""
@@ -297,3 +336,8 @@ def fresh(tensor: PlannedTensor) -> Survey:
     survey = tensor.method.survey(tensor.job.shape, len(tensor.job.experts))
     assert survey is not None
     return survey
+
+
+def _tensors(group: Sequence[Loaded]) -> list[int]:
+    """The tensors that steps have pieces of."""
+    return list(dict.fromkeys(piece.tensor for member in group for piece in member.step.pieces))

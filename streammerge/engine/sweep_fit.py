@@ -49,11 +49,19 @@ class Fit:
             return make_plan(recipe, resolution, checkpoints, replace(within, ram=least + SPARE))
 
     def sweep(
-        self, stack: Stack, checkpoints: list[Checkpoint], batches: Sequence[Batch], loss: Loss, hooks: Any
+        self,
+        stack: Stack,
+        checkpoints: list[Checkpoint],
+        batches: Sequence[Batch],
+        loss: Loss,
+        hooks: Any,
+        beside: int = 0,
     ) -> SweepPlan:
-        """A sweep within what the ring of results, and what launches need on a GPU, leave of the budget."""
+        """A sweep within what the ring of results, what launches need on a GPU, and `beside`, bytes of the host that
+        stay from sweep to sweep, leave of the budget.
+        """
         limits = self._limits
-        there, here = LAUNCHES_THERE, RING + (LAUNCHES_HERE if limits.on_gpu else 0)
+        there, here = LAUNCHES_THERE, self.here + beside
         ram, vram = max(limits.ram - here, 1), max(limits.vram - there, 1)
         while True:
             allowed = SweepLimits(ram, vram if limits.on_gpu else None, limits.device)
@@ -67,6 +75,23 @@ class Fit:
                 else:
                     ram = least + SPARE
                     self._short("a sweep over the layers", "--ram", least + here)
+
+    def resident(
+        self, stack: Stack, checkpoints: list[Checkpoint], batches: Sequence[Batch], loss: Loss, hooks: Any, beside: int
+    ) -> SweepPlan | None:
+        """A sweep with all layers in memory at once, each run once; None if that does not fit."""
+        limits, layers = self._limits, len(stack.layers)
+        ram, vram = limits.ram - self.here - beside, limits.vram - LAUNCHES_THERE
+        allowed = SweepLimits(max(ram, 1), max(vram, 1) if limits.on_gpu else None, limits.device, layers, 1, True)
+        try:
+            return plan_sweep(stack, checkpoints, batches, loss, hooks, allowed)
+        except BudgetTooSmall:
+            return None
+
+    @property
+    def here(self) -> int:
+        """Bytes of the host beside a sweep's own."""
+        return RING + (LAUNCHES_HERE if self._limits.on_gpu else 0)
 
     def _short(self, what: str, option: str, least: int) -> None:
         if least > self._least[option]:

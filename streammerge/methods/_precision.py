@@ -6,8 +6,9 @@ tf32x3, bf16x3    on a GPU: operands in two parts, three products on tensor core
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streammerge import kernel
@@ -19,9 +20,30 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "tf32x3", "bf16x3")
 
 
+_blocks = 0  # that are entered, by any thread: the settings are the process's
+_lock = threading.Lock()
+_restore = ExitStack()
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Within the block torch multiplies fp32 matrices in fp32, whatever was allowed before."""
+    """Within the block torch multiplies fp32 matrices in fp32, whatever was allowed before the first of such blocks."""
+    global _blocks
+    with _lock:
+        if not _blocks:
+            _restore.enter_context(_exact())
+        _blocks += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            if not _blocks:
+                _restore.close()
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
     import torch
 
     units = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]

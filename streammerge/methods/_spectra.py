@@ -15,23 +15,20 @@ library that splits either waits for all of its threads many times, and eigh rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from streammerge.methods._crew import Crew
 
-R = TypeVar("R")
-
 FP32, FP64 = 4, 8
 BLOCK = 1 << 21  # elements that are widened to fp64 at once
 DROP = 1e-6  # of the largest singular value: directions below it are rounding of fp32 entries
-SMALL = 640 << 10  # elements of a matrix whose decompositions are too small for several cores: each gets one
-CORES = 4  # that work on small matrices at once at most: each piece of work has memory of its own
+SMALL = 640 << 10  # elements of a matrix whose products are too small for several cores: several are solved at once
 
 
 class Leading(NamedTuple):
@@ -42,35 +39,18 @@ class Leading(NamedTuple):
     right: Tensor  # [k, n]
 
 
-def each(works: Sequence[Callable[[], R]], numel: int, on_cpu: bool) -> list[R]:
-    """What independent pieces of work on matrices of so many elements give.
-
-    Small ones are done side by side, each on one core, and so with the same bits on any number of cores: libraries
-    split eigendecompositions of some hundred rows badly. Large ones are done one after the other on all cores, and so
-    is everything on a GPU, whose stream is that of this thread.
-    """
+def crew_for(x: Tensor) -> Crew:
+    """Threads for the products of a matrix; idle ones stay, they hold no memory of matrices."""
     import torch
 
-    if numel > SMALL or not on_cpu:
-        return [work() for work in works]
-    cores = torch.get_num_threads()
-
-    def alone(work: Callable[[], R]) -> R:
-        torch.set_num_threads(1)  # of this thread, and of the library's products everywhere until the end
-        return work()
-
-    try:
-        with ThreadPoolExecutor(min(cores, CORES)) as pool:
-            return list(pool.map(alone, works))
-    finally:
-        torch.set_num_threads(cores)
+    return _crew_of(x.device, torch.get_num_threads())
 
 
-def crew_for(x: Tensor) -> Crew:
-    """Threads for the products of a matrix."""
+@lru_cache(4)
+def _crew_of(device: torch.device, threads: int) -> Crew:
     from streammerge.methods._crew import Crew
 
-    return Crew(x.device)
+    return Crew(device)
 
 
 def product(crew: Crew, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -12,9 +12,9 @@ expert is read twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from streammerge.methods import _polar as polars
@@ -37,6 +37,9 @@ class IsoC(RowsMethod):
 
     def solver(self, rows: int, columns: int, experts: int) -> Solver:
         return _Sum(self.precision)
+
+    def fills_cores(self, shape: tuple[int, ...]) -> bool:
+        return math.prod(shape) > spectra.SMALL
 
     def bytes_kept(self, rows: int, columns: int, experts: int) -> int:
         return FP32 * rows * columns + polars.polar_bytes(min(rows, columns), max(rows, columns))
@@ -66,8 +69,7 @@ class _Sum(Solver):
         assert self._sum is not None
         flat = self._sum.shape[0] <= self._sum.shape[1]
         products = Products.on(self.queue, self._precision)
-        work = partial(polars.polar, self._sum if flat else self._sum.T, products=products)
-        (found,) = spectra.each([work], self._sum.numel(), self.queue is None)
+        found = polars.polar(self._sum if flat else self._sum.T, products=products)
         self.route = found.route
         factor = found.factor if flat else found.factor.T
         factor *= spectra.inner(self._sum, factor) / min(self._sum.shape)

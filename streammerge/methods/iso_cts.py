@@ -105,19 +105,19 @@ class _Both(Solver):
         if expert < self._experts:
             self._sum = delta.clone() if self._sum is None else self._sum.add_(delta)
             return
-        on_cpu = self.queue is None
         if self._sum is not None:
             total, self._sum = self._sum, None
             self._bases = [delta.new_empty(min(delta.shape), length) for length in delta.shape]
-            self._add(*spectra.each([partial(spectra.leading, total, self._common)], delta.numel(), on_cpu))
+            self._add(spectra.leading(total, self._common))
             del total
-        self._add(*spectra.each([partial(self._remainder, delta)], delta.numel(), on_cpu))
+        self._add(self._remainder(delta))
 
     def _remainder(self, delta: Tensor) -> spectra.Leading:
         """Leading directions of what an expert has beside the sum's."""
-        floor = spectra.DROP * float(delta.norm())
-        shared = self._bases[0][: self._sizes[0]]
-        delta.addmm_(shared.T, shared @ delta, alpha=-1)
+        crew, shared = spectra.crew_for(delta), self._bases[0][: self._sizes[0]]
+        floor = spectra.DROP * crew.alone(lambda: float(delta.norm()))
+        part = spectra.product(crew, shared, delta)
+        crew.each(lambda a, b: delta[a:b].addmm_(shared[:, a:b].T, part, alpha=-1), len(delta))
         return spectra.leading(delta, self._own, floor)
 
     def _add(self, found: spectra.Leading) -> None:
@@ -129,15 +129,13 @@ class _Both(Solver):
 
     def finish(self) -> Tensor:
         left, right = (basis[: sum(self._sizes)] for basis in self._bases)
-        numel, small = self._bases[0].shape[1] * self._bases[1].shape[1], len(self._bases[0])
-        common = self._sizes[0]  # orthogonal to the experts' on the left as they are
+        small, common = len(self._bases[0]), self._sizes[0]  # orthogonal to the experts' on the left as they are
         polar = partial(polars.polar, products=Products.on(self.queue, self._precision))
-        works = [partial(polar, left[common:], self._sizes[1:]), partial(polar, right, self._sizes)]
-        own, found = spectra.each(works, numel, self.queue is None)
+        own, found = polar(left[common:], self._sizes[1:]), polar(right, self._sizes)
         self.routes = [own.route, found.route]
         left[common:] = own.factor
         left *= self._total / small
-        return spectra.each([lambda: left.T @ found.factor], numel, self.queue is None)[0]
+        return spectra.product(spectra.crew_for(left), left.T, found.factor)
 
 
 # By hand: the sum diag(5, 1) is all common at common_fraction 1: diag(3, 3). At 0 each expert gives one direction,

@@ -22,7 +22,6 @@ Tall matrices go by squares of their columns, see _tall.py and _tsvm_rows.py.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -64,14 +63,6 @@ class Tsvm(RowsMethod):
         return Directions(experts, min(rows, columns) // experts, self.solver_ == "svd", self.precision)
 
     def bytes_kept(self, rows: int, columns: int, experts: int) -> int:
-        return self._bytes(rows, columns, experts, min(experts, spectra.CORES))
-
-    def bytes_kept_there(self, rows: int, columns: int, experts: int) -> int:
-        library = EIGH * FP64 * min(rows, columns) ** 2
-        return self._bytes(rows, columns, experts, 1) + library if experts > 1 else 0
-
-    def _bytes(self, rows: int, columns: int, experts: int, at_once: int) -> int:
-        """With so many small matrices at once."""
         if experts == 1:
             return 0
         small, rank = min(rows, columns), min(rows, columns) // experts
@@ -83,10 +74,11 @@ class Tsvm(RowsMethod):
         else:
             found = spectra.leading_bytes(rows, columns, rank)
             factor = polars.polar_bytes(side, max(rows, columns), wide)
-        if whole > spectra.SMALL:
-            return bases + max(found, FP32 * side * small + factor)
-        waiting = FP32 * whole * (experts - 1) + spectra.FP64 * experts * rank * (rows + columns)
-        return bases + max(waiting + at_once * found, 2 * factor)
+        return bases + max(found, FP32 * side * small + factor)
+
+    def bytes_kept_there(self, rows: int, columns: int, experts: int) -> int:
+        library = EIGH * FP64 * min(rows, columns) ** 2
+        return self.bytes_kept(rows, columns, experts) + library if experts > 1 else 0
 
     def by_rows(self, shape: tuple[int, ...]) -> bool:
         return self.solver_ == "gram" and super().by_rows(shape)
@@ -114,31 +106,21 @@ class Directions(Solver):
         self._experts, self._rank, self._plain, self._precision = experts, rank, plain, precision
         self._leading = decomposed if plain else spectra.leading
         self._wide = plain or experts == 2
-        self._waiting: list[Tensor] = []
+        self._alone: Tensor | None = None  # the task vector of an only expert
         self._sides: tuple[list[Tensor], list[Tensor]] = ([], [])  # left and right, a block of rows for each expert
         self._values: list[Tensor] = []
 
     def take(self, expert: int, delta: Tensor) -> None:
-        last = expert == self._experts - 1
-        small = delta.numel() <= spectra.SMALL
-        self._waiting.append(delta.clone() if small and not last else delta)
-        if self._experts > 1 and (last or not small):
-            self._decompose()
+        if self._experts == 1:
+            self._alone = delta
+        else:
+            self._add(self._leading(delta, self._rank))
 
     def take_factors(self, expert: int, b: Tensor, a: Tensor) -> None:
         if self._experts == 1:
             super().take_factors(expert, b, a)
-            return
-        self._decompose()
-        self._add(spectra.leading_of_factors(b, a, self._rank))
-
-    def _decompose(self) -> None:
-        if not self._waiting:
-            return
-        works = [partial(self._leading, waiting, self._rank) for waiting in self._waiting]
-        for found in spectra.each(works, self._waiting[0].numel(), self.queue is None):
-            self._add(found)
-        self._waiting.clear()
+        else:
+            self._add(spectra.leading_of_factors(b, a, self._rank))
 
     def _add(self, found: spectra.Leading) -> None:
         import torch
@@ -151,22 +133,21 @@ class Directions(Solver):
     def finish(self) -> Tensor:
         import torch
 
-        if self._experts == 1:
-            return self._waiting.pop()
+        if self._alone is not None:
+            return self._alone
         sizes = [len(values) for values in self._values]
         products = Products.on(self.queue, self._precision)
         polar = orthogonal if self._plain else partial(polars.polar, products=products)
-        works = []
+        found = []
         for blocks in self._sides:
-            works.append(partial(polar, torch.cat(blocks), sizes))
+            stacked = torch.cat(blocks)
             blocks.clear()
-        numel, on_cpu = math.prod(work.args[0].shape[1] for work in works), self.queue is None
-        found = spectra.each(works, numel, on_cpu)
-        del works
+            found.append(polar(stacked, sizes))
+            del stacked
         self.routes = [each.route for each in found]
         left, right = (each.factor for each in found)
         left *= torch.cat(self._values).to(left.dtype)[:, None]
-        return spectra.each([lambda: spectra.product(spectra.crew_for(left), left.T, right).float()], numel, on_cpu)[0]
+        return spectra.product(spectra.crew_for(left), left.T, right).float()
 
 
 def decomposed(matrix: Tensor, rank: int) -> spectra.Leading:

@@ -21,6 +21,7 @@ vectors in M_0 and D; C does not see them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 from streammerge.errors import RecipeError
 from streammerge.method import param, spread
 from streammerge.methods._matrices import EIGH, Solver
+from streammerge.methods._spectra import SMALL
 from streammerge.methods._tall import One, RowsMethod, RowSolver
 
 if TYPE_CHECKING:
@@ -100,6 +102,9 @@ class Wudi(RowsMethod):
         }
         weights = list(spread(self.weight, experts)) if self.balance == "norms" else None
         return chosen[way], way in sums.WIDE, weights
+
+    def fills_cores(self, shape: tuple[int, ...]) -> bool:
+        return self.way() not in ("eigen", "inverse") and math.prod(shape) > SMALL
 
     def bytes_kept(self, rows: int, columns: int, experts: int) -> int:
         from streammerge.methods import _wudi as sums

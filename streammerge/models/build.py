@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
-def return_freed_memory() -> None:
-    """Let glibc give what is free back to the kernel, and from now on every freed piece of a MiB or more at once.
+def return_freed_memory(piece: int = 1 << 20) -> None:
+    """Let glibc give what is free back to the kernel, and from now on every freed piece of so many bytes at once.
 
     By itself it keeps up to 64 MiB at the end of its heap, and whatever it freed below what is in use: beyond any
     prediction of what a process holds.
     """
     with suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 1 << 20)
-        library.mallopt(M_TRIM_THRESHOLD, 1 << 20)
+        library.mallopt(M_MMAP_THRESHOLD, piece)
+        library.mallopt(M_TRIM_THRESHOLD, piece)
         library.malloc_trim(0)
 
 

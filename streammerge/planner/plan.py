@@ -14,26 +14,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from streammerge import __version__, kernel
-from streammerge.budget import MIB, cores, human, resident
-from streammerge.errors import BudgetTooSmall, RecipeError
+from streammerge.budget import MIB, cores, resident
+from streammerge.errors import RecipeError
 from streammerge.method import LayerMethod, TensorMethod, TileMethod, build, find, find_post
-from streammerge.planner.device import SLOTS, DeviceLayout, make_layout
+from streammerge.planner.cutting import cut_to_fit, side_by_side
+from streammerge.planner.device import DeviceLayout
 from streammerge.planner.dialect import Resolution
 from streammerge.planner.jobs import Job
 from streammerge.planner.layout import Layout, lay_out_output
 from streammerge.planner.recipe import Recipe
-from streammerge.planner.steps import Cut, PlannedTensor, Step, merge_steps, sample_bytes, smallest_step
+from streammerge.planner.steps import Cut, PlannedTensor, Step, merge_steps
 from streammerge.store.checkpoint import Checkpoint
-from streammerge.store.ring import PAGE, round_up
-from streammerge.store.writer import HEADER_PIECE
+from streammerge.store.ring import PAGE
 
 ALLOWANCE = 16 * MIB  # thread stacks, the allocator's slack, journal and progress
-TILE = 8 * MIB  # bytes of one input in a step, at most: more does not make a disk faster
-GPU_TILES = 2  # times that on a GPU, where a step passes the bus in less time than it takes to ask for it
-DEPTH = 4  # steps the ring holds where nothing must be resident: one read, one merged, two on their way
 NOMINAL_RATE = 1e9  # bytes a second that `seconds` assumes of a disk; no weight is read to find out
 COMPILER = 128 * MIB  # of the host while a GPU is used: Triton compiles a kernel when it first meets a dtype
 LIBRARIES = 128 * MIB  # of the host while matrices are solved there: an allowance for cuBLAS and cuSOLVER, not measured
@@ -69,6 +66,7 @@ class Plan:
     device_layout: DeviceLayout | None = None  # None: the CPU computes
     kernels: dict[str, str] = field(default_factory=dict)
     held_bytes: int = 0  # what the process holds beside rings and methods, with an allowance
+    at_once: int = 1  # matrices that are solved side by side, each on one core
     stamp: str = ""  # of the input files as they are now; unlike the digest, another copy of them has another
 
     @property
@@ -117,6 +115,7 @@ class Plan:
             "seed": self.seed,
             "kernels": self.kernels,
             "solvers": self.solvers,
+            "solved_at_once": self.at_once,
             "warnings": list(self.warnings),
         }
 
@@ -158,7 +157,11 @@ def make_plan(
     solved_there = limits.on_gpu and any(isinstance(tensor.method, TensorMethod) for tensor in tensors)
     held = resident().demand + ALLOWANCE + (COMPILER if limits.on_gpu else 0) + (LIBRARIES if solved_there else 0)
     held += 2 * max((t.end - t.begin for t in tensors), default=0) if limits.in_memory else 0
-    cut, ring, out, extra, layout_there = _cut(tensors, limits, held, threads)
+    cut, ring, out, extra, layout_there = cut_to_fit(tensors, limits, held, threads)
+    at_once = 1
+    if not limits.on_gpu:
+        at_once, room, solvers = side_by_side(tensors, cut, threads, limits.ram - held - ring - out - extra)
+        ring, extra = ring + room, extra + solvers
     read = passes = steps = slots = 0
     for step in merge_steps(tensors, cut):
         read += step.read_bytes
@@ -193,6 +196,7 @@ def make_plan(
         device_layout=layout_there,
         kernels=kernels,
         held_bytes=held,
+        at_once=at_once,
         stamp=_stamp(tensors),
     )
 
@@ -227,75 +231,8 @@ def _method(job: Job) -> TileMethod | LayerMethod:
     return cast(TileMethod, build(find_post(name), {"of": method, **parameters}))
 
 
-def _cut(
-    tensors: Sequence[PlannedTensor], limits: Limits, held: int, threads: int
-) -> tuple[Cut, int, int, int, DeviceLayout | None]:
-    """The largest steps that fit: (cut, bytes of the ring, of the result ring, of the methods, what a GPU holds)."""
-    inputs = max((len(t.inputs) for t in tensors), default=1)
-    smallest = smallest_step(tensors)
-    surveyed = max((t.numel * t.width for t in tensors if t.surveyed), default=0)
-    sample = max((sample_bytes(t) for t in tensors if t.surveyed), default=0)
-    free = limits.ram - held
-    step = max(inputs * TILE * (GPU_TILES if limits.on_gpu else 1), smallest)
-    there: DeviceLayout | None = None
-    while True:
-        step = max(step, smallest)
-        extra = max((_cost(t, step, threads, limits.on_gpu) for t in tensors), default=0)
-        out = _out_bytes(tensors, step)
-        ring = max(DEPTH * step, sample + PAGE)
-        there = make_layout(tensors, step, out // DEPTH, limits.vram) if limits.on_gpu else None
-        pinned = there.pinned_bytes if there else 0
-        extra += pinned + (SLOTS * step if there else 0)  # with samples of the tiles that went to the device
-        if ring + out + extra <= free and (there or not limits.on_gpu):
-            break
-        if step == smallest:
-            _refuse(tensors, limits, held + ring + out + extra + MIB, step, out)
-        step //= 2
-    if there:
-        return Cut(step, ring, there.slots), ring, out, extra, there
-    if surveyed:
-        room = surveyed + surveyed // (step // 2) * inputs * 2 * PAGE + 2 * step  # the largest, whole, and the next
-        ring = max(ring, min(free - out - extra, room))
-    return Cut(step, ring), ring, out, extra, None
-
-
-def _refuse(tensors: Sequence[PlannedTensor], limits: Limits, ram: int, step: int, out: int) -> NoReturn:
-    """Say what is missing: `ram` bytes of the host (another process may hold a little more), or of the device."""
-    least = round_up(ram, MIB)
-    if least > limits.ram:
-        raise BudgetTooSmall(
-            f"this merge needs at least {human(least)} of memory and {human(limits.ram)} are "
-            f"allowed; give --ram {least // MIB}MiB or more",
-            least,
-        )
-    layout = make_layout(tensors, step, out // DEPTH, 1 << 62)
-    assert layout is not None
-    least = round_up(replace(layout, slots=SLOTS).peak_bytes, MIB)
-    raise BudgetTooSmall(
-        f"this merge needs at least {human(least)} of device memory and {human(limits.vram)} are "
-        f"allowed; give --vram {least // MIB}MiB or more, or --device cpu",
-        least,
-    )
-
-
 def _rounds(tensor: PlannedTensor) -> int:
     return tensor.method.rounds(len(tensor.job.experts))
-
-
-def _cost(tensor: PlannedTensor, step: int, threads: int, on_gpu: bool) -> int:
-    numel = min(tensor.numel, max(1, step // tensor.width))
-    experts = len(tensor.job.experts)
-    here = tensor.surveyed and not (on_gpu and isinstance(tensor.method, TensorMethod))
-    kept = tensor.method.survey_bytes(tensor.job.shape, experts, threads) if here else 0
-    return tensor.method.cost(numel, experts, "cpu").host * threads + kept
-
-
-def _out_bytes(tensors: Sequence[PlannedTensor], step: int) -> int:
-    """The result ring: as many slots as the ring has steps, of the largest result a step can have."""
-    total = sum(t.end - t.begin for t in tensors)
-    ratio = max(((t.end - t.begin) / (t.numel * t.width) for t in tensors if t.numel), default=1.0)
-    largest = min(total, int(step * ratio) + 1)
-    return round_up(DEPTH * (max(largest, HEADER_PIECE) + 2 * PAGE))
 
 
 def _digest(

@@ -230,16 +230,20 @@ class _Reader:
             raise RecipeError(f"{self.where}: {wrong}; give exactly one of them, not empty")
         models = items(data.get("models"), f"{self.where}: models")
         slices = items(data.get("slices"), f"{self.where}: slices")
+        extra = self.method.read_keys({k: data[k] for k in self.method.keys if k in data}, len(models), self.where)
+        parameters = data.get("parameters")
+        if isinstance(parameters, dict):
+            parameters = self.method.fill(parameters, extra, self.where)
         recipe = Recipe(
             self.name,
             tuple(self.source(raw, f"{self.where}: models[{i}]", False) for i, raw in enumerate(models)),
             tuple(self.slice(raw, f"{self.where}: slices[{i}]") for i, raw in enumerate(slices)),
             self.base(data, f"{self.where}: "),
-            self.settings(data.get("parameters"), f"{self.where}: parameters"),
+            self.settings(parameters, f"{self.where}: parameters"),
             self.dtype(data, "dtype"),
             self.dtype(data, "out_dtype"),
             self.tokenizer(data),
-            self.method.read_keys({k: data[k] for k in self.method.keys if k in data}, len(models), self.where),
+            extra,
             self.where,
             self.post(data.get("post")),
             tuple(reference(data[key], f"{self.where}: {key}") for key in self.method.beside if key in data),

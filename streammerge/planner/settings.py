@@ -72,7 +72,12 @@ def _value(raw: Any, kind: type, where: str) -> Scalar | tuple[Scalar, ...]:
 
 
 def scalar(raw: Any, kind: type, where: str) -> Scalar:
-    """One value of the given kind; text that reads as a number is one (YAML takes 1e-5 for text)."""
+    """One value of the given kind; text that reads as a number is one (YAML takes 1e-5 for text).
+
+    The kind `object` is a word or a whole number.
+    """
+    if kind is object:
+        return raw if isinstance(raw, str) and raw.isidentifier() else _number(raw, int, where)
     if kind is bool:
         found = raw if isinstance(raw, bool) else _TRUTH.get(raw) if isinstance(raw, (int, str)) else None
         if found is None:

@@ -223,6 +223,14 @@ def surveyed_steps(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> It
         yield from round_steps(tensors, index, cut)
 
 
+def is_whole(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> bool:
+    """Whether a surveyed tensor is in memory at once, be it in a step of its own or in several."""
+    tensor = tensors[index]
+    return tensor.surveyed and (
+        tensor.numel <= Packer(tensors, cut.step).fits(tensor) or is_resident(tensors, index, cut)
+    )
+
+
 def is_resident(tensors: Sequence[PlannedTensor], index: int, cut: Cut) -> bool:
     """Whether all inputs of a tensor fit the ring at once, wherever it stands: wrapping around wastes part of one."""
     tensor = tensors[index]

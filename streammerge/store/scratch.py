@@ -72,6 +72,11 @@ class Scratch:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
 
+    def clear(self) -> None:
+        """Forget everything."""
+        for key in list(self._entries):
+            self.drop(key)
+
     def put(self, key: Hashable, tensor: Tensor) -> None:
         """Keep a tensor, which nobody may change afterwards: it is copied only where it has to be.
 
@@ -121,8 +126,7 @@ class Scratch:
 
     def close(self) -> None:
         """Forget everything and remove the files."""
-        for key in list(self._entries):
-            self.drop(key)
+        self.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder)
             self._folder = None

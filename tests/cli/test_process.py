@@ -16,8 +16,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(build.ROOT)}
 # Enough steps to be stopped in the middle of.
 SLOW = """
 import os, time
-from streammerge.planner import plan
-plan.TILE = 1 << 16
+from streammerge.planner import cutting
+cutting.TILE = 1 << 16
 real = os.pwrite
 def slow(*arguments):
     time.sleep(0.05)

@@ -23,6 +23,7 @@ DOCS = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/architecture.md",
+    "docs/gradfix.md",
     "benchmarks/README.md",
     "benchmarks/LOG.md",
 ]
@@ -75,7 +76,8 @@ def example_of(name: str) -> tuple[methods.TileMethod, int]:
 def sees_and_holds(name: str) -> tuple[str, str]:
     """Whether the whole tensor is surveyed first, and the bytes beside inputs and results."""
     if name not in methods.posts() and methods.find(name).sees == "layer":
-        return "layers, with samples", "see its plan"
+        reads = "with samples" if "data" in methods.find(name).keys else "without data"
+        return f"layers, {reads}", "see its plan"
     made, experts = example_of(name)
     surveyed = made.survey(SHAPE, experts) is not None
     held = made.cost(TILE, experts, "cpu").host * THREADS

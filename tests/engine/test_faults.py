@@ -158,9 +158,9 @@ def test_a_limit_on_the_size_of_files(tmp_path, recipe, wanted, limit, promised)
     before = f"""
 import errno, os, resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from streammerge.planner import plan
+from streammerge.planner import cutting
 from streammerge.store import writer
-plan.TILE, writer.SYNC_EVERY = 1 << 18, 1 << 20
+cutting.TILE, writer.SYNC_EVERY = 1 << 18, 1 << 20
 if not {promised}:
     def lacking(file, begin, size):
         raise OSError(errno.EOPNOTSUPP, "")

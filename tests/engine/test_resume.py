@@ -23,9 +23,9 @@ SHARDS = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
 # Many small steps, a journal line for every few, and a disk that takes its time.
 SLOW = """
 import os, time
-from streammerge.planner import plan
+from streammerge.planner import cutting
 from streammerge.store import writer
-plan.TILE = 1 << 17
+cutting.TILE = 1 << 17
 writer.SYNC_EVERY = 1 << 18
 real = os.pwrite
 def slow(*arguments):

@@ -286,11 +286,8 @@ def test_unknown_solvers_are_refused():
         methods.build(Tsvm, {"solver": "qr"})
 
 
-@pytest.mark.parametrize("small", [0, spectra.SMALL])
 @pytest.mark.parametrize(("rows", "columns", "count"), [(400, 300, 3), (210, 430, 2), (200, 200, 4)])
-def test_threads_do_not_change_a_bit(small, rows, columns, count, monkeypatch):
-    """Neither side by side, as small matrices are solved, nor sharing the products of large ones."""
-    monkeypatch.setattr(spectra, "SMALL", small)
+def test_threads_do_not_change_a_bit(rows, columns, count):
     taus, found = experts(rows, columns, count), []
     if (rows, columns) == (200, 200):
         taus[1] = taus[0]  # the way without Newton-Schulz

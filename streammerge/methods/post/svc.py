@@ -35,6 +35,7 @@ from streammerge.kernels.numerics import Span
 from streammerge.method import Cost, Flags, Post, Survey, TensorMethod, Tile, TileMethod, is_vocabulary, param
 from streammerge.methods._keeping import directions, inverted, matrices_bytes, spectrum_bytes
 from streammerge.methods._matrices import ADD, LIBRARY, norm
+from streammerge.methods._memory import give_back
 from streammerge.methods._precision import exact_products, span
 from streammerge.methods.task_arithmetic import TaskArithmetic
 from streammerge.methods.tsvm import Tsvm
@@ -160,6 +161,7 @@ class _Survey(Survey):
 
         with self._lock:
             if self._rows is None:
+                give_back()
                 self._rows = torch.empty(self._experts + 1, math.prod(self._shape))
         merged, *deltas = (span(row, None, tile.start, tile.start + tile.numel) for row in self._rows)
         flags = np.zeros(self._experts + 2, np.uint8)

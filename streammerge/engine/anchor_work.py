@@ -1,0 +1,166 @@
+"""What is done to one unit, and the bytes that it takes, found by doing one step of it on meta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streammerge.engine.layers_measure import count_live
+from streammerge.engine.units import Example, Part, Runner, bytes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROBES = 4  # random inputs that show which entries of vectors have no gradient
+
+
+@dataclass(frozen=True)
+class Work:
+    """A unit with its settings, an instance of the method; `shape` is that of one expert's anchors."""
+
+    part: Part
+    settings: Any
+    shape: tuple[int, ...]
+    experts: int
+    example: Example | None
+
+    @property
+    def number(self) -> int:
+        return self.part.stage.index
+
+    @property
+    def closed(self) -> bool:
+        """Whether its anchors need no steps: a linear map under l2."""
+        from torch import nn
+
+        return isinstance(self.part.stage.module, nn.Linear) and self.settings.distance == "l2"
+
+    @property
+    def solves(self) -> bool:
+        return bool(self.settings.adapt == "closed_form")
+
+    @property
+    def load(self) -> float:
+        """Work in runs of one anchor, for an estimate of the time left."""
+        settings = self.settings
+        anchors = self.experts * self.shape[0]
+        adapted = 3.0 * (settings.adapt_steps * settings.batch or settings.adapt_epochs * anchors)
+        return (0.0 if self.closed else 11.0 * anchors * settings.construct_steps) + (0.0 if self.solves else adapted)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of anchors and what is kept of them until the unit is adapted."""
+        size = 4 * math.prod(self.shape)
+        found = size if not self.solves else 0
+        rows = math.prod(self.shape[:-1])
+        for path in self.part.linear if self.solves else ():
+            assert self.part.stage.module is not None
+            linear: Any = self.part.stage.module.get_submodule(path)
+            found += 4 * rows * (linear.in_features + linear.out_features)
+        results = 0 if self.solves else size
+        return self.experts * (found + results)
+
+
+def vectors(part: Part) -> bool:
+    """Whether some of its parameters are vectors, whose gradient may be zero."""
+    return any(len(parameter.shape) == 1 for parameter in part.stage.parameters.values())
+
+
+def construct_bytes(work: Work, runner: Runner) -> int:
+    """What a visit for one expert holds beside the weights of both."""
+    import torch
+
+    base = _meta(work.part)
+    runner.prepare(counts(work))
+    live = count_live(list(base.values()))
+    with live:
+        tau = {name: torch.empty_like(value) for name, value in base.items()}
+        network = work.settings.network(runner, base, tau, work.part.gated)
+        anchors = torch.empty(work.shape, device="meta")
+        if not work.closed:
+            course = work.settings.construction(network, tau, anchors, {})
+            course.loss()
+            course.step()
+        network.outputs(anchors[: micro(work)])
+        if work.solves:
+            record_inputs(runner, base, anchors)
+    rows = 8 * (math.prod(work.shape) + math.prod(work.shape[:-1]))  # drawn on the host, with places of rows
+    return int(live.peak) + rows
+
+
+def adapt_bytes(work: Work, runner: Runner, experts: int) -> int:
+    """What the visit that adapts a unit holds beside the weights that were loaded."""
+    import torch
+
+    base = _meta(work.part)
+    live = count_live(list(base.values()))
+    with live:
+        if work.solves:
+            return bytes_of(work.part.stage) + _solving_bytes(work)
+        sets = {"weights": 0, "coefficients": 1}[work.settings.adapt]
+        sets = experts if work.settings.alphas == "experts" else sets
+        moves = [{name: torch.empty_like(value) for name, value in base.items()} for _ in range(sets)]
+        anchors = [torch.empty(work.shape, device="meta") for _ in range(experts)]
+        with torch.no_grad():
+            wanted = [runner(anchors[0][: micro(work)], base)] * experts
+        targets = [torch.empty((work.shape[0], *each.shape[1:]), device="meta") for each in wanted]
+        course = work.settings.adaptation(runner, {**base}, moves, anchors, targets)
+        course.step(course.everything[: work.settings.batch])
+    return int(live.peak)
+
+
+def _solving_bytes(work: Work) -> int:
+    """Of the largest matrix that is solved: inputs and results of all anchors, and the system, in fp64."""
+    assert work.part.stage.module is not None
+    most = 0
+    rows = work.experts * math.prod(work.shape[:-1])
+    for path in work.part.linear:
+        linear: Any = work.part.stage.module.get_submodule(path)
+        side = min(rows, linear.in_features)
+        panel = rows * (linear.in_features + linear.out_features)
+        most = max(most, 12 * panel + 8 * (3 * side * side + 2 * linear.in_features * (side + linear.out_features)))
+    return most
+
+
+def micro(work: Work) -> int:
+    """Anchors that run at once."""
+    return int(max(1, min(work.shape[0], work.settings.rows // max(1, math.prod(work.shape[1:-1])))))
+
+
+def counts(work: Work) -> set[int]:
+    """How many anchors run at once in construction."""
+    return {micro(work), work.shape[0] % micro(work) or micro(work), min(PROBES, work.shape[0])}
+
+
+def _meta(part: Part) -> dict[str, Tensor]:
+    import torch
+
+    return {
+        name: torch.empty(parameter.shape, dtype=torch.float32, device="meta")
+        for name, parameter in part.stage.parameters.items()
+    }
+
+
+def record_inputs(runner: Runner, weights: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """What every linear map of a unit is given, [tokens, columns], by the map's path."""
+    import torch
+    from torch import nn
+
+    found: dict[str, Tensor] = {}
+    handles = []
+    for path, module in runner.module.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def note(_: Any, args: Sequence[Any], path: str = path) -> None:
+                found[path] = args[0].detach().reshape(-1, args[0].shape[-1])
+
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        with torch.no_grad():
+            runner(x, weights)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

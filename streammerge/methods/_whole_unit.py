@@ -1,0 +1,176 @@
+"""A unit of any kind (an encoder's block, attention, one linear map) and its expert's, through autograd.
+
+The induced gradient of a micro-batch is an ordinary backward pass; the derivative of F = sum <g, v> by the anchors is
+the backward pass of that one, of one micro-batch at a time. If all anchors are one micro-batch, its graph is kept from
+the first pass to the second. Any operation that autograd differentiates twice will do.
+
+Products carry differences (`delta-forward`) where they are rounded: what the base's linear map took from x0 to y0, and
+a product of activations from (a0, b0) to y0, the expert's take to
+
+    y1 = y0 + x1 tau^T + (x1 - x0) W^T        y1 = y0 + (a1 - a0) b1 + a0 (b1 - b0)
+
+so that y1 - y0 keeps its digits. Everything between products is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from streammerge.methods._induced import NOTHING, Tensors, pull
+from streammerge.methods._rounded import casts, product, products
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Run = Callable[["Tensor", Tensors], "Tensor"]  # what the unit returns for x and weights
+
+
+class WholeUnit:
+    """Base and task vector of every tensor of a unit."""
+
+    def __init__(self, run: Run, base: Tensors, tau: Tensors, distance: str, precision: str = "fp32") -> None:
+        """`precision` is that of the operands of linear maps (_rounded.py); with fp32 the expert runs as it is."""
+        self._run, self._base, self._distance = run, base, distance
+        device = next(iter(base.values())).device
+        self._exactly = partial(products, precision, device)
+        self._rounds, self._carries = casts(precision, device), precision != "fp32"
+        self._expert = {name: base[name] + tau[name] for name in base}
+        self._changed = {id(self._expert[name]): (base[name], tau[name]) for name in base}
+        self._kept: tuple[Tensor, list[Tensor]] | None = None
+
+    def likeness_gradient(self, x: Tensor, anchors: int, out: dict[str, Tensor]) -> None:
+        with self._exactly():
+            whole = len(x) == anchors
+            leaf, found = self._gradients(x, anchors, list(out), whole)
+            self._kept = (leaf, found) if whole else None
+            for held, gradient in zip(out.values(), found, strict=True):
+                held += gradient.detach()
+
+    def slope(self, x: Tensor, anchors: int, along: Tensors) -> Tensor:
+        import torch
+
+        with self._exactly():
+            leaf, found = self._kept or self._gradients(x, anchors, list(along), True)
+            self._kept = None
+            (slope,) = torch.autograd.grad(found, leaf, list(along.values()))
+            return slope
+
+    def _gradients(self, x: Tensor, anchors: int, names: list[str], again: bool) -> tuple[Tensor, list[Tensor]]:
+        """A leaf of x, and this micro-batch's share of g; `again`: to be differentiated by x."""
+        import torch
+
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(again)
+            weights = {name: value.detach().requires_grad_(name in names) for name, value in self._base.items()}
+            with _maps(self._rounds) as maps:
+                y0 = self._run(leaf, weights)
+            with torch.set_grad_enabled(again):
+                r = pull(y0, self._of_expert(leaf, maps.seen) - y0, self._distance, anchors)
+            wanted = [weights[name] for name in names]
+            return leaf, list(torch.autograd.grad(y0, wanted, r, create_graph=again))
+
+    def outputs(self, x: Tensor) -> Tensor:
+        import torch
+
+        with torch.no_grad(), self._exactly():
+            with _maps(self._rounds) as maps:
+                self._run(x, self._base)
+            return self._of_expert(x, maps.seen)
+
+    def _of_expert(self, x: Tensor, seen: list[Any]) -> Tensor:
+        """What the expert returns, from what the base's linear maps were given and returned."""
+        with _maps(self._rounds, self._changed, seen) if self._carries else _maps(False):
+            return self._run(x, self._expert)
+
+
+def _maps(rounds: bool, changed: Any = None, seen: Any = None) -> Any:
+    """A mode: products are noted, or, given what was noted, are those of an expert by differences."""
+    return _maps_class()(rounds, changed, seen)
+
+
+@cache
+def _maps_class() -> Any:
+    import torch
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+
+    linear = functional.linear
+    bilinear = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+
+    class Maps(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped here
+        def __init__(self, rounds: bool, changed: Any, seen: Any) -> None:
+            super().__init__()
+            self.seen: list[tuple[Tensor, ...]] = []
+            self._rounds, self._changed, self._before = rounds, changed, iter(seen or ())
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if function in bilinear and len(args) == 2:
+                return self._product(function, *args)
+            if function is not linear:
+                return function(*args, **kwargs)
+            x, weight = args[:2]
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            if self._changed is None:
+                y = self._map(x, weight, bias)
+                self.seen.append((x, y))
+                return y
+            x0, y0 = next(self._before)
+            base, tau = self._changed[id(weight)]
+            y = y0 + self._map(x, tau, None if bias is None else self._changed[id(bias)][1])
+            return y if x is x0 else y + self._map(x - x0, base, None)
+
+        def _product(self, times: Any, a: Tensor, b: Tensor) -> Tensor:
+            if self._changed is None:
+                self.seen.append((a, b, times(a, b)))
+                return self.seen[-1][-1]
+            a0, b0, y0 = next(self._before)
+            return torch.as_tensor(y0 + times(a - a0, b) + times(a0, b - b0))
+
+        def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if not self._rounds:
+                return torch.as_tensor(linear(x, weight, bias))
+            y = product(x, weight.T, True)
+            return y if bias is None else y + bias
+
+    return Maps
+
+
+@cache
+def _wide_class() -> Any:
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+
+    class Wide(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped here
+        """Softmax in the dtype of its input, whatever a model asks for."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if function is functional.softmax:
+                kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
+            return function(*args, **kwargs)
+
+    return Wide
+
+
+def without_gradient(run: Run, base: Tensors, x: Tensor) -> dict[str, Tensor]:
+    """Which entries of vectors (biases, norms) no x moves the result by: a mask for each that has some.
+
+    A key's bias adds the same to all scores of a query, which softmax does not see. In fp32 its gradient is noise of
+    any direction, in fp64 it is 1e-16 of the others. `x` are a few random inputs; the cotangent is random too.
+    """
+    import torch
+
+    with torch.enable_grad():
+        weights = {name: value.double().requires_grad_(value.dim() == 1) for name, value in base.items()}
+        names = [name for name, value in weights.items() if value.requires_grad]
+        x = x.double()
+        with _wide_class()():
+            y = run(x, weights)
+        cotangent = y.detach() + (x if x.shape == y.shape else 1.0)
+        found = torch.autograd.grad(y, [weights[name] for name in names], cotangent)
+    most = max(float(each.abs().max()) for each in found)
+    masks = {name: each.abs() <= NOTHING * most for name, each in zip(names, found, strict=True)}
+    return {name: mask for name, mask in masks.items() if bool(mask.any())}

@@ -1,0 +1,82 @@
+"""The budget of FDA from outside: what a child process holds, against what its plan promised."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+
+MIB = 1 << 20
+STATUS = re.compile(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", re.MULTILINE)
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama of 110 MiB in bf16 and two near it; the MLP of a layer is 18 MiB in fp32."""
+    path = tmp_path_factory.mktemp("models")
+    values = {"vocab_size": 500, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}
+    values |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64, "dtype": "bfloat16"}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).to(torch.bfloat16)
+    for name in ("base", "one", "two"):
+        model.save_pretrained(path / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1e-3 * torch.randn_like(parameter)
+    return path
+
+
+def run(*arguments):
+    """A merge by the command line: its report, and the most it held, looked at from outside."""
+    argv = [sys.executable, "-m", "streammerge", "merge", *map(str, arguments), "--json", "--device", "cpu"]
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak = 0
+    status = Path(f"/proc/{child.pid}/status")
+    while child.poll() is None:
+        try:
+            peak = max(peak, sum(map(int, STATUS.findall(status.read_text()))) * 1024)
+        except (FileNotFoundError, ProcessLookupError):
+            break
+        time.sleep(0.003)
+    out, err = child.communicate(timeout=60)
+    return child.returncode, json.loads(out.splitlines()[-1]) if child.returncode == 0 else err, peak
+
+
+@pytest.mark.parametrize(
+    ("parameters", "start"),
+    [
+        ({"unit": "mlp"}, "base"),
+        ({"unit": "mlp", "alphas": "experts"}, "task_arithmetic"),
+        ({"unit": "mlp", "adapt": "closed_form"}, "tsvm"),
+        ({"unit": "block", "tokens": 4, "rows": 128}, "base"),
+    ],
+)
+def test_a_child_process_stays_below_its_prediction(folder, tmp_path, parameters, start):
+    """The three models together are three times the budget's room for weights."""
+    values = {"anchors": 64, "construct_steps": 3, "adapt_steps": 3, **parameters}
+    recipe = {"merge_method": "fda", "base_model": str(folder / "base"), "parameters": values}
+    recipe |= {"models": [{"model": str(folder / name)} for name in ("one", "two")]}
+    recipe["start"] = start if start == "base" else {"merge_method": start}
+    path = tmp_path / "fda.yml"
+    path.write_text(json.dumps(recipe))
+    code, found, _ = run(path, tmp_path / "refused", "--ram", "128MiB")
+    assert code == 3
+    assert "give --ram" in found
+    code, report, peak = run(path, tmp_path / "out", "--ram", "1GiB")
+    assert code == 0, report
+    predicted = report["predicted"]["ram_peak_bytes"]
+    assert report["ram_peak_bytes"] <= predicted
+    assert peak <= predicted
+    assert predicted <= 1.6 * peak
