@@ -26,7 +26,7 @@ YARDSTICKS = {
     "fda of base": 0.941,
     "fda of task_arithmetic 0.5": 0.945,
 }
-BEFORE, AFTER = (12.0, 16.0), (2.2, 3.2)  # construction losses of every layer
+AFTER = 3.2  # the largest construction loss of the plain loop; it came from 12 to 16
 STARTS: dict[str, dict[str, Any]] = {
     "task_arithmetic 0.5": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}},
     "tsvm": {"merge_method": "tsvm"},
@@ -184,6 +184,5 @@ def verdicts(found: Sequence[Found], whole: bool) -> Iterator[Verdict]:
                 f"{each.name}: accuracy", f"{each.mean:.4f}", f"{wanted} +- {NEAR}", abs(each.mean - wanted) <= NEAR
             )
         if whole and each.name == "fda of base" and each.last is not None:
-            low, high = AFTER
-            good = low <= each.last[0] and each.last[1] <= high
-            yield Verdict("construction losses", f"{each.last[0]:.2f} to {each.last[1]:.2f}", f"{low} to {high}", good)
+            good = each.last[1] <= AFTER
+            yield Verdict("construction losses", f"{each.last[0]:.2f} to {each.last[1]:.2f}", f"<= {AFTER}", good)

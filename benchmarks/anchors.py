@@ -1,6 +1,6 @@
 """FDA on trained models: starts and what anchors make of them, beside a plain loop of double backward.
 
-    python benchmarks/anchors.py --data DIR                          encoder and loop, an hour on one core
+    python benchmarks/anchors.py --data DIR                          encoder and loop, hours on one core
     python benchmarks/anchors.py --data DIR --case loop              one (layer, expert) beside the plain loop
     python benchmarks/anchors.py --data DIR --row "task_arithmetic 0.5"      starts by name, with what refines them
     python benchmarks/anchors.py --case decoder                      a byte-level Llama and three experts, MLPs as units

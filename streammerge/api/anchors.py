@@ -20,13 +20,15 @@ from streammerge.planner.starting import start_of
 METHOD = "fda"
 
 
-def plan_request(request: Request, limits: Limits, stack: Stack | None = None) -> AnchorPlan:
-    """The plan of a recipe; `stack` is the base as a chain of layers, if it is no model of transformers.
+def plan_request(request: Request, limits: Limits) -> AnchorPlan:
+    """The plan of a recipe.
 
     Raises:
         RecipeError, CheckpointError: the request or an input is wrong.
         BudgetTooSmall: it does not fit; `least` would do.
     """
+    import torch
+
     recipe = request.recipe
     if recipe.slices:
         raise RecipeError(f"{recipe.where}: {METHOD} takes whole models; use 'models'")
@@ -34,11 +36,8 @@ def plan_request(request: Request, limits: Limits, stack: Stack | None = None) -
     base = request.checkpoints[recipe.base_model]
     begun = start_of(recipe)
     start = resolve(begun, {name: request.checkpoints[name] for name in begun.references}, methods.find)
-    if stack is None:
-        import torch
-
-        shapes = {name: spec.shape for name, spec in base.tensors.items()}
-        stack = Stack.from_transformers(base.path, shapes, dtype=torch.float32, attention="eager")
+    shapes = {name: spec.shape for name, spec in base.tensors.items()}
+    stack = Stack.from_transformers(base.path, shapes, dtype=torch.float32, attention="eager")
     config: Any = getattr(stack.module, "config", None)
     given = read_folders([find_file(name, request.near) for name in recipe.extra.get("anchors_from", ())])
     save = recipe.extra.get("save_anchors")

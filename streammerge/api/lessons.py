@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streammerge import samples
 from streammerge.api.files import find_file
 from streammerge.api.planning import Request
 from streammerge.engine.layers_loss import CrossEntropy, Loss
-from streammerge.engine.objectives import entropy
+from streammerge.engine.objectives import entropy, pseudo_label, trusted
 from streammerge.errors import RecipeError
 from streammerge.method import build, find
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 METHOD = "atlas"
 WORDS = 1 << 15  # of the vocabulary whose logits are there at a time
 TOKENS = 1 << 11  # of a batch that runs through a layer at once
+SHARE = 4  # one sample in so many of a step is a trusted one, where labels are the model's own
 TRIALS = 10  # times that validation samples are tried while learning, at most
 
 
@@ -48,7 +49,10 @@ class Rows:
     loss: Loss
     trial: Loss
     trials: Sequence[int]
+    looks: Sequence[int]
     digest: str
+    own: dict[int, samples.Sample] = field(default_factory=dict)  # trusted samples with the model's own labels
+    now: list[int] = field(default_factory=list)  # the step of the last look
 
     @classmethod
     def read(cls, request: Request, seed: int) -> Rows:
@@ -67,6 +71,9 @@ class Rows:
             raise RecipeError(f"{recipe.where}: objective {method.objective} {what}")
         if negated and given["validation"] is not None:
             raise RecipeError(f"{recipe.where}: data.validation chooses by the least loss; negation has none")
+        own = method.objective == "pseudo_label"
+        if own and len(given["train"]) > 1:
+            raise RecipeError(f"{recipe.where}: objective pseudo_label takes one file under data.train")
         tasks = [(read(file), -1 if negated else 1) for file in given["train"]]
         tasks += [(read(file), 1) for file in given["control"]]
         tried = [] if given["validation"] is None else read(given["validation"])
@@ -79,10 +86,11 @@ class Rows:
             orders.append(samples.step_order(len(task), size, steps, seed + number))
         longest = max(len(sample) for task, _ in [*tasks, (tried, 1)] for sample in task)
         named = " ".join([*(samples.digest(task) for task, _ in tasks), samples.digest(tried)])
-        loss: Loss = entropy if method.objective == "entropy" else CrossEntropy(chunk=WORDS)
+        losses: dict[str, Loss] = {"entropy": entropy, "pseudo_label": pseudo_label}
+        loss = losses.get(method.objective, CrossEntropy(chunk=WORDS))
         return cls(
             tuple(tasks), tuple(orders), tried, max(1, TOKENS // longest), loss, CrossEntropy(chunk=WORDS),
-            trials_of(steps, epoch) if tried else (), named,
+            trials_of(steps, epoch) if tried else (), range(0, steps, epoch) if own else (), named,
         )  # fmt: skip
 
     @property
@@ -93,7 +101,33 @@ class Rows:
     def count_all(self) -> int:
         return sum(len(task) for task, _ in self.tasks)
 
+    def label(self, step: int, tokens: Sequence[Sequence[int]], confidence: Sequence[float]) -> None:
+        """What the model predicted at the labels of every sample, those of `every` one after the other."""
+        ((task, _),) = self.tasks
+        ranked = sorted(range(len(task)), key=lambda at: len(task[at]), reverse=True)
+        self.own.clear()
+        for place in trusted([tuple(each) for each in tokens], confidence):
+            sample, found = task[ranked[place]], iter(tokens[place])
+            rest = (label if label == samples.IGNORED else next(found) for label in sample.labels[1:])
+            self.own[ranked[place]] = samples.Sample(sample.input_ids, (samples.IGNORED, *rest))
+        self.now[:] = [step]
+
+    def _labelled(self, chosen: Sequence[int], number: int) -> list[Batch]:
+        """A step: a quarter of trusted samples, in their order and over again, of the others as many as are left."""
+        ((task, _),) = self.tasks
+        sure = sorted(self.own)
+        count = max(1, len(chosen) // SHARE)
+        first = [self.own[sure[at % len(sure)]] for at in range(number * count, (number + 1) * count)]
+        rest = [task[at] for at in chosen if at not in self.own][: len(chosen) - count]
+        divisor = sum(sample.supervised for sample in [*first, *rest])
+        epoch = self.looks[1] if len(self.looks) > 1 else self.steps
+        bar = 0.9 + 0.1 * (self.now[0] // epoch) / len(self.looks)
+        found: list[Batch] = list(samples.padded(first, self.count, divisor))
+        return found + [{**batch, "threshold": bar} for batch in samples.padded(rest, self.count, divisor)]
+
     def step(self, number: int) -> list[Batch]:
+        if self.looks:
+            return self._labelled(self.orders[0][number], number)
         both = zip(self.tasks, self.orders, strict=True)
         return self._batches([[task[at] for at in order[number]] for (task, _), order in both])
 
@@ -102,6 +136,8 @@ class Rows:
         """The longest samples of every task, as if each batch had some to fill up."""
         sizes = [max(map(len, order)) for order in self.orders]
         chosen = [sorted(task, key=len)[-size:] for (task, _), size in zip(self.tasks, sizes, strict=True)]
+        if self.looks:  # trusted ones are batches of their own
+            chosen = [[*chosen[0], *chosen[0][-max(1, sizes[0] // SHARE) :]]]
         return [_gappy(batch) for batch in self._batches(chosen)]
 
     @property
@@ -141,6 +177,10 @@ class Batches:
     loss: Loss
     trials: Sequence[int]
     digest: str
+    looks: Sequence[int] = ()
+
+    def label(self, step: int, tokens: Sequence[Sequence[int]], confidence: Sequence[float]) -> None:
+        raise AssertionError("the labels are the caller's")
 
     @property
     def count_all(self) -> int:

@@ -21,14 +21,14 @@ from typing import Any
 from streammerge import kernel
 from streammerge.budget import MIB, human
 from streammerge.engine.anchor_files import AnchorsFile, Given, key
-from streammerge.engine.anchor_work import Work, adapt_bytes, construct_bytes
+from streammerge.engine.anchor_work import Needs, Work, needs_of
 from streammerge.engine.anchoring import PIECES
 from streammerge.engine.layers_hooks import Hooks
 from streammerge.engine.layers_order import Sources, Visit
 from streammerge.engine.layers_plan import Limits as SweepLimits
 from streammerge.engine.layers_plan import SweepPlan, fit_visits
 from streammerge.engine.sweep_fit import RING
-from streammerge.engine.units import Example, Runner, anchor_shape, bytes_of, default_unit, find_parts, with_stages
+from streammerge.engine.units import Example, anchor_shape, bytes_of, default_unit, find_parts, with_stages
 from streammerge.errors import BudgetTooSmall, CheckpointError, RecipeError
 from streammerge.method import build, find
 from streammerge.models.stack import Stack
@@ -111,7 +111,7 @@ def plan_anchors(
     plan = make_plan(recipe, start, checkpoints, within)
     planned = {tensor.job.name: tensor for tensor in plan.tensors}
     inside = {name for work in works for name in work.part.stage.tensors}
-    needs = _needs(stack, works, len(experts))
+    needs = needs_of(stack, works)
     begun = _start(recipe, start, checkpoints, within, works, needs) if recipe.extra["start"] != "base" else None
     sweep, beside = _sweep(stack, opened, works, needs, begun, limits)
     shapes = {key(work.number, e): work.shape for work in works for e in range(len(experts))}
@@ -172,35 +172,13 @@ def _check_given(given: Mapping[str, Given], works: Sequence[Work], experts: int
                 )
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """Bytes beside what was loaded."""
-
-    construct: int
-    adapt: int
-
-
-def _needs(stack: Stack, works: Sequence[Work], experts: int) -> list[_Needs]:
-    """Those of every unit; units that are alike need the same."""
-    found: dict[str, _Needs] = {}
-    needs = []
-    for work in works:
-        shapes = [tuple(parameter.shape) for parameter in work.part.stage.parameters.values()]
-        alike = str((type(work.part.stage.module), shapes, work.settings, work.shape))
-        if alike not in found:
-            runner = Runner(stack, work.part, work.example, "meta")
-            found[alike] = _Needs(construct_bytes(work, runner), adapt_bytes(work, runner, experts))
-        needs.append(found[alike])
-    return needs
-
-
 def _start(
     recipe: Recipe,
     start: Resolution,
     checkpoints: Mapping[str, Checkpoint],
     within: Limits,
     works: Sequence[Work],
-    needs: Sequence[_Needs],
+    needs: Sequence[Needs],
 ) -> Plan:
     """The start's merge of the units' tensors, in fp32, in about the memory that a unit's work needs anyway."""
     names = {name for work in works for name in work.part.stage.tensors}
@@ -222,7 +200,7 @@ def _sweep(
     stack: Stack,
     opened: Sequence[Checkpoint],
     works: Sequence[Work],
-    needs: Sequence[_Needs],
+    needs: Sequence[Needs],
     start: Plan | None,
     limits: Limits,
 ) -> tuple[SweepPlan, int]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.engine.layers_measure import count_live
 from streammerge.engine.units import Example, Part, Runner, bytes_of
+from streammerge.errors import RecipeError
+from streammerge.models.stack import Stack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,12 +44,23 @@ class Work:
         return bool(self.settings.adapt == "closed_form")
 
     @property
-    def load(self) -> float:
-        """Work in runs of one anchor, for an estimate of the time left."""
+    def step_load(self) -> float:
+        """Work of a step of construction in runs of one anchor, for an estimate of the time left."""
+        return 11.0 * self.shape[0]
+
+    @property
+    def adapt_load(self) -> float:
+        """Work of adaptation."""
         settings = self.settings
-        anchors = self.experts * self.shape[0]
-        adapted = 3.0 * (settings.adapt_steps * settings.batch or settings.adapt_epochs * anchors)
-        return (0.0 if self.closed else 11.0 * anchors * settings.construct_steps) + (0.0 if self.solves else adapted)
+        if self.solves:
+            return 0.0
+        return 3.0 * (settings.adapt_steps * settings.batch or settings.adapt_epochs * self.experts * self.shape[0])
+
+    @property
+    def load(self) -> float:
+        """All work on the unit."""
+        steps = 0 if self.closed else self.settings.construct_steps
+        return self.experts * steps * self.step_load + self.adapt_load
 
     @property
     def scratch_bytes(self) -> int:
@@ -66,6 +79,38 @@ class Work:
 def vectors(part: Part) -> bool:
     """Whether some of its parameters are vectors, whose gradient may be zero."""
     return any(len(parameter.shape) == 1 for parameter in part.stage.parameters.values())
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes beside what was loaded."""
+
+    construct: int
+    adapt: int
+
+
+def needs_of(stack: Stack, works: Sequence[Work]) -> list[Needs]:
+    """Those of every unit; units that are alike need the same.
+
+    Raises:
+        RecipeError: a unit does not run alone.
+    """
+    found: dict[str, Needs] = {}
+    needs = []
+    for work in works:
+        shapes = [tuple(parameter.shape) for parameter in work.part.stage.parameters.values()]
+        alike = str((type(work.part.stage.module), shapes, work.settings, work.shape))
+        if alike not in found:
+            runner = Runner(stack, work.part, work.example, "meta")
+            try:
+                found[alike] = Needs(construct_bytes(work, runner), adapt_bytes(work, runner))
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+                line = " ".join(str(error).split())[:120]
+                raise RecipeError(
+                    f"{work.part.name} does not run alone on its input ({line}); choose another unit"
+                ) from None
+        needs.append(found[alike])
+    return needs
 
 
 def construct_bytes(work: Work, runner: Runner) -> int:
@@ -90,7 +135,7 @@ def construct_bytes(work: Work, runner: Runner) -> int:
     return int(live.peak) + rows
 
 
-def adapt_bytes(work: Work, runner: Runner, experts: int) -> int:
+def adapt_bytes(work: Work, runner: Runner) -> int:
     """What the visit that adapts a unit holds beside the weights that were loaded."""
     import torch
 
@@ -100,11 +145,11 @@ def adapt_bytes(work: Work, runner: Runner, experts: int) -> int:
         if work.solves:
             return bytes_of(work.part.stage) + _solving_bytes(work)
         sets = {"weights": 0, "coefficients": 1}[work.settings.adapt]
-        sets = experts if work.settings.alphas == "experts" else sets
+        sets = work.experts if work.settings.alphas == "experts" else sets
         moves = [{name: torch.empty_like(value) for name, value in base.items()} for _ in range(sets)]
-        anchors = [torch.empty(work.shape, device="meta") for _ in range(experts)]
+        anchors = [torch.empty(work.shape, device="meta") for _ in range(work.experts)]
         with torch.no_grad():
-            wanted = [runner(anchors[0][: micro(work)], base)] * experts
+            wanted = [runner(anchors[0][: micro(work)], base)] * work.experts
         targets = [torch.empty((work.shape[0], *each.shape[1:]), device="meta") for each in wanted]
         course = work.settings.adaptation(runner, {**base}, moves, anchors, targets)
         course.step(course.everything[: work.settings.batch])

@@ -52,7 +52,6 @@ class _Visit:
         self._bench, self._work, self._runner, self._loaded = bench, work, runner, loaded
         self._base = loaded.parameters
         self._name = work.part.name
-        self._done = 0.0
 
     # --- one expert ---
 
@@ -118,7 +117,7 @@ class _Visit:
         total = work.settings.construct_steps
 
         def told(step: int, loss: float) -> None:
-            self._tell(f"expert {expert}, step {step} of {total}, loss {loss:.4g}", 11.0 * work.shape[0] * (step > 0))
+            self._tell(f"expert {expert}, step {step} of {total}, loss {loss:.4g}", work.step_load * (step > 0))
 
         losses = course.run(told)
         figures = {"loss": min(losses), "steps": total, "seconds": _since(began)}
@@ -188,10 +187,10 @@ class _Visit:
         anchors = [bench.scratch.get((e, "x"), bench.device) for e in range(work.experts)]
         targets = [bench.scratch.get((e, "y"), bench.device) for e in range(work.experts)]
         course = work.settings.adaptation(self._runner, theta, moves, anchors, targets)
-        share = (work.load - 11.0 * work.experts * work.shape[0] * work.settings.construct_steps) / max(1, course.total)
+        share = work.adapt_load / max(1, course.total)
 
         def told(step: int, steps: int, loss: float) -> None:
-            self._tell(f"adapting, step {step} of {steps}, loss {loss:.4g}", max(share, 0.0))
+            self._tell(f"adapting, step {step} of {steps}, loss {loss:.4g}", share)
 
         losses, tried = course.run(lambda epoch: work.settings.order(bench.seed, self._name, epoch), told)
         notes: dict[str, Any] = {"epochs": len(losses), "curve": _thin(losses, 1)}

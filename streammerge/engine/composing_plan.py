@@ -1,7 +1,8 @@
 """Plans of learned coefficients: which sweeps there are, what stays in memory between them, what each reads.
 
     select    a budget of experts: one sweep at the base that looks at the gradients of all of them
-    try       validation samples: a forward pass before the first step and after every epoch
+    try       validation samples: a forward pass before the first step and after every epoch; look: the same for the
+              training samples, where their labels are the model's own
     opening   the first step: weights start as the base, experts are read on the way back
     steady    every other step
     merge     an ordinary merge of tiles with the coefficients that were learned
@@ -21,10 +22,12 @@ from typing import Any, Protocol
 
 from streammerge import kernel
 from streammerge.engine.composing import Composing, Mix, Selecting
+from streammerge.engine.composing_choice import mosaics
 from streammerge.engine.composing_store import Place, Sizes, choose_places
 from streammerge.engine.layers_loss import Loss
 from streammerge.engine.layers_plan import SweepPlan
 from streammerge.engine.learner import Block, Course
+from streammerge.engine.objectives import Look
 from streammerge.engine.sweep_fit import LAUNCHES_THERE, RING, SPARE, Fit
 from streammerge.errors import RecipeError
 from streammerge.method import build, find
@@ -51,9 +54,11 @@ class Lessons(Protocol):
     loss: Loss
     trial: Loss
     trials: Sequence[int]  # steps after which validation samples are tried; 0: before the first
+    looks: Sequence[int]  # and after which all samples are labelled anew, by what the model predicts
     digest: str
 
     def step(self, number: int) -> Sequence[Batch]: ...
+    def label(self, step: int, tokens: Sequence[Sequence[int]], confidence: Sequence[float]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class ComposePlan(Plan):
     select: SweepPlan | None = None
     bare: SweepPlan | None = None  # validation samples before the first step
     trial: SweepPlan | None = None
+    bare_look: SweepPlan | None = None  # training samples, to label them
+    look: SweepPlan | None = None
     opening: SweepPlan | None = None
     steady: SweepPlan | None = None
     kept_bytes: int = 0  # of the host, from sweep to sweep
@@ -77,7 +84,7 @@ class ComposePlan(Plan):
     def as_dict(self) -> dict[str, Any]:
         if self.mix is None or self.lessons is None:
             return super().as_dict()
-        names = ("select", "bare", "trial", "opening", "steady")
+        names = ("select", "bare", "trial", "bare_look", "look", "opening", "steady")
         sweeps = {name: each.as_dict() for name in names if (each := getattr(self, name)) is not None}
         learned = [block for block in self.mix.blocks.values() if block.learns]
         largest = max(sum(unit.size for unit in visit.units) for sweep in self.sweeps for visit in sweep.visits)
@@ -98,7 +105,8 @@ class ComposePlan(Plan):
 
     @property
     def sweeps(self) -> list[SweepPlan]:
-        return [each for each in (self.select, self.bare, self.trial, self.opening, self.steady) if each is not None]
+        found = (self.select, self.bare, self.trial, self.bare_look, self.look, self.opening, self.steady)
+        return [each for each in found if each is not None]
 
     @property
     def stage_places(self) -> list[Place]:
@@ -166,9 +174,14 @@ def plan_composing(
     tried, first = list(lessons.trials), 0 in lessons.trials
     bare = sweep(lessons.validation, lessons.trial, False, True) if first else None
     trial = sweep(lessons.validation, lessons.trial, False, False) if tried else None
+    looks = len(lessons.looks)
+    bare_look = sweep(lessons.every, Look(), False, True) if looks else None
+    look = sweep(lessons.every, Look(), False, False) if looks > 1 else None
     fit.check()
-    found = {"select": select, "bare": bare, "trial": trial, "opening": opening, "steady": steady}
-    counts = {"select": 1, "bare": 1, "trial": len(tried) - first, "opening": 1, "steady": lessons.steps - 1}
+    found = {"select": select, "bare": bare, "trial": trial, "bare_look": bare_look, "look": look}
+    found |= {"opening": opening, "steady": steady}
+    counts = {"select": 1, "bare": 1, "trial": len(tried) - first, "bare_look": 1, "look": looks - 1}
+    counts |= {"opening": 1, "steady": lessons.steps - 1}
     own = {"lessons": lessons, "mix": mix, "course": course, "kept_bytes": kept, "experts": tuple(experts)}
     values = _whole(plan, found, counts, kept, fit, limits, lessons, parts)
     return ComposePlan(**values, **found, **own, twins=dict(stack.copies), least=several)  # type: ignore[arg-type]
@@ -240,22 +253,6 @@ def _place(
     places = {**nowhere, **{n: place for stage, place in zip(stages, chosen, strict=True) for n in stage.tensors}}
     held = sum(size.held(place) for size, place in zip(sizes, chosen, strict=True))
     return replace(mix, places=places), held + numbers
-
-
-def mosaics(
-    opened: Sequence[Checkpoint], planned: Mapping[str, PlannedTensor], chosen: Mapping[str, Sequence[int]], count: int
-) -> list[Checkpoint]:
-    """The base, and `count` experts put together from those that each tensor keeps; for a plan, from the largest."""
-    base, *experts = opened
-    found = [dict(base.tensors) for _ in range(count)]
-    for name in planned:
-        if any(name not in expert.tensors for expert in experts):
-            continue
-        sizes = [expert.tensors[name].nbytes for expert in experts]
-        largest = sorted(range(len(experts)), key=lambda at: (-sizes[at], at))[:count]
-        for number, at in enumerate(sorted(chosen.get(name, largest))):
-            found[number][name] = experts[at].tensors[name]
-    return [base, *(replace(base, tensors=tensors) for tensors in found)]
 
 
 def _whole(

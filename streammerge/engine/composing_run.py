@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.engine.composing import Composing, Mix, Selecting
-from streammerge.engine.composing_plan import ComposePlan, mosaics
+from streammerge.engine.composing_choice import largest, mosaics
+from streammerge.engine.composing_plan import ComposePlan
 from streammerge.engine.composing_store import Store
 from streammerge.engine.findings import Findings, Progress
 from streammerge.engine.layers import Sweep
 from streammerge.engine.layers_order import Sources, sweep_order
 from streammerge.engine.layers_plan import SweepPlan
 from streammerge.engine.learner import Learner, Table
+from streammerge.engine.objectives import Look
 from streammerge.engine.places import GpuPlace, HostPlace
 from streammerge.engine.voting import PIECE
 from streammerge.models.stack import Batch
@@ -32,7 +34,7 @@ from streammerge.planner.coefficients import Coefficients
 from streammerge.store.publish import machine
 from streammerge.store.reader import Mode
 
-STATE, CHOSEN = "learning.npz", "chosen.json"  # in the unfinished output folder
+STATE, CHOSEN, LABELS = "learning.npz", "chosen.json", "labels-"  # in the unfinished output folder
 
 
 class Learning:
@@ -90,8 +92,8 @@ class Learning:
 
     def clean(self) -> None:
         """Remove what was kept for a run that goes on."""
-        for name in (STATE, CHOSEN):
-            (self._partial / name).unlink(missing_ok=True)
+        for path in (self._partial / STATE, self._partial / CHOSEN, *self._partial.glob(f"{LABELS}*.json")):
+            path.unlink(missing_ok=True)
 
     # --- sweeps ---
 
@@ -99,36 +101,63 @@ class Learning:
         plan, lessons = self.plan, self.plan.lessons
         assert lessons is not None
         assert plan.opening is not None
-        if learner.step == 0 and 0 in lessons.trials and not learner.tried:
-            self._try(plan.bare, learner, store, sources)
+        if not (self._partial / STATE).exists():
+            self._pause(learner, store, sources)
             store.close()  # what was kept lacks the experts
-            learner.save(self._partial / STATE)
-        opening = True
+        else:
+            self._recall(learner.step)
+        opening, stops = True, {*lessons.trials, *lessons.looks}
         while learner.step < lessons.steps:
             sweep = plan.opening if opening else plan.steady
             assert sweep is not None
             hooks = Composing(sweep.hooks.mix, learns=True, opening=opening, bare=learner.step == 0)  # type: ignore[attr-defined]
-            until = next((at for at in sorted(lessons.trials) if at > learner.step), lessons.steps)
             with self._open(sweep, hooks, learner, store, sources) as run:
-                for _ in range(1 if opening else until - learner.step):
+                while learner.step < lessons.steps:
                     run(lessons.step(learner.step))
-                    learner.save(self._partial / STATE)
-                    if learner.step in lessons.trials:
+                    if opening or learner.step in stops:
                         break
+                    learner.save(self._partial / STATE)
             opening = False
-            if learner.step in lessons.trials:
-                self._try(plan.trial, learner, store, sources)
-                learner.save(self._partial / STATE)
+            self._pause(learner, store, sources)
 
-    def _try(self, plan: SweepPlan | None, learner: Learner, store: Store, sources: Sources | None) -> None:
-        """The loss of validation samples with the coefficients as they are."""
-        assert plan is not None
+    def _pause(self, learner: Learner, store: Store, sources: Sources | None) -> None:
+        """Before the first step or after another one: try validation samples, label the others, if it is time; save."""
+        plan, lessons = self.plan, self.plan.lessons
+        assert lessons is not None
+        if learner.step in lessons.trials:
+            sweep = plan.trial if learner.step else plan.bare
+            learner.keep(math.fsum(self._forward(sweep, lessons.validation, learner, store, sources)))
+        if learner.step in lessons.looks:
+            look = Look()
+            sweep = plan.look if learner.step else plan.bare_look
+            assert sweep is not None
+            self._forward(replace(sweep, loss=look), lessons.every, learner, store, sources)
+            lessons.label(learner.step, look.tokens, look.confidence)
+            self._write(f"{LABELS}{learner.step}.json", {"tokens": look.tokens, "confidence": look.confidence})
+        learner.save(self._partial / STATE)
+
+    def _recall(self, step: int) -> None:
+        """Give the samples the labels of the last look before this step."""
         assert self.plan.lessons is not None
+        before = max((at for at in self.plan.lessons.looks if at <= step), default=-1)
+        if before >= 0:
+            found = json.loads((self._partial / f"{LABELS}{before}.json").read_bytes())
+            self.plan.lessons.label(before, found["tokens"], found["confidence"])
+
+    def _forward(
+        self,
+        plan: SweepPlan | None,
+        batches: Sequence[Batch],
+        learner: Learner,
+        store: Store,
+        sources: Sources | None,
+    ) -> list[float]:
+        """The losses of batches with the coefficients as they are."""
+        assert plan is not None
         bare = learner.step == 0
         hooks = Composing(plan.hooks.mix, learns=False, opening=bare, bare=bare)  # type: ignore[attr-defined]
         with self._open(plan, hooks, learner, store, sources) as run:
-            losses = run(self.plan.lessons.validation)
-        learner.keep(math.fsum(losses))
+            return run(batches)
 
     def _open(
         self, plan: SweepPlan, hooks: Composing, learner: Learner, store: Store, sources: Sources | None
@@ -157,12 +186,16 @@ class Learning:
         store = Store(mix.places, self._partial)
         with self._open(plan, hooks, Learner(mix.blocks, self.plan.course), store, None) as run:
             run(self.plan.lessons.every)
-        found = {name: _largest(sizes, self.plan.least) for name, sizes in hooks.sizes.items()}
-        new = path.with_name(path.name + ".new")
-        with machine(path):
-            new.write_text(json.dumps(found))
-            os.replace(new, path)
+        found = {name: largest(sizes, self.plan.least) for name, sizes in hooks.sizes.items()}
+        self._write(CHOSEN, found)
         return found
+
+    def _write(self, name: str, what: Any) -> None:
+        """A file in the unfinished folder, whole or not there."""
+        path, new = self._partial / name, self._partial / f"{name}.new"
+        with machine(path):
+            new.write_text(json.dumps(what))
+            os.replace(new, path)
 
     def _checkpoints(self, chosen: Mapping[str, Sequence[int]]) -> Sources | None:
         """Base and experts put together from what each tensor keeps; None if that is all."""
@@ -230,8 +263,3 @@ class _Open:
 
     def __exit__(self, *error: object) -> None:
         self._exit.close()
-
-
-def _largest(sizes: Sequence[float], count: int) -> list[int]:
-    """The experts of the `count` largest gradients, in the recipe's order; the first of equal ones."""
-    return sorted(sorted(range(len(sizes)), key=lambda at: (-sizes[at], at))[:count])

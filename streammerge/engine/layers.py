@@ -19,7 +19,7 @@ from pathlib import Path
 
 from streammerge.engine.layers_device import open_place
 from streammerge.engine.layers_passes import Passes
-from streammerge.engine.layers_plan import SweepPlan
+from streammerge.engine.layers_plan import PIECE, SweepPlan
 from streammerge.engine.layers_weights import Blocks, Feed, Ready
 from streammerge.errors import Interrupted
 from streammerge.models.build import return_freed_memory
@@ -27,8 +27,6 @@ from streammerge.models.stack import Batch
 from streammerge.store.reader import Mode, Reader
 from streammerge.store.ring import Ring
 from streammerge.store.scratch import Scratch
-
-PIECE = 32 << 20  # bytes that freed memory is kept below, where every sweep needs the same again: fresh pages cost more
 
 
 class Sweep:

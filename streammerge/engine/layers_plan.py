@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+PIECE = (
+    32 * MIB
+)  # freed memory below it is kept where layers keep their graphs: fresh pages would cost more than a sweep
 ALLOWANCE = 48 * MIB  # thread stacks, packed panels of matrix products, the allocator's slack
 
 
@@ -143,7 +146,7 @@ def plan_sweep(
     if limits.graphs:
         assert limits.group >= len(stack.layers), "layers that leave memory cannot keep their graphs"
         assert not hooks.panels
-    held = shapes.constants + (shapes.graphs(loss) if limits.graphs else 0)
+    held = shapes.constants + (shapes.graphs(loss) + 2 * PIECE if limits.graphs else 0)
     plan = fit_visits(sources, hooks, loss, visits, works, held, shapes.kept(limits), limits)
     return replace(plan, graphs=limits.graphs)
 

@@ -198,7 +198,9 @@ class Runner:
         """
         if count not in self._calls:
             assert self._example is not None
-            call = self._stack.enter({}, self._example(count)).calls[self._part.layer.index - 1]
+            there = "cpu" if _on_meta(self.device) else self.device  # where the model's buffers are
+            batch = {name: value.to(there) for name, value in self._example(count).items()}
+            call = self._stack.enter({}, batch).calls[self._part.layer.index - 1]
             if len(call.takes) > 1:
                 raise RecipeError(
                     f"{self._part.name} needs what earlier layers compute, so it is no unit; choose another"

@@ -27,6 +27,7 @@ import numpy as np
 from streammerge.errors import RecipeError
 from streammerge.methods._anchors import BETAS, EPS
 from streammerge.methods._induced import Tensors
+from streammerge.methods._precision import exact_products
 from streammerge.methods._whole_unit import Run
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Adaptation:
         for at in range(0, len(some), self._micro):
             x, wanted = self._pick(some[at : at + self._micro])
             self._steps_now = at + self._micro >= len(some)
-            with torch.enable_grad():
+            with torch.enable_grad(), exact_products():
                 loss = distances(self._run(x, self.theta), wanted, self._course.distance).sum()
                 loss.backward()
             total += 0.0 if loss.is_meta else float(loss.detach())
@@ -199,7 +200,7 @@ class Adaptation:
         import torch
 
         found = 0.0
-        with torch.no_grad():
+        with torch.no_grad(), exact_products():
             for at in range(0, len(self._held), self._micro):
                 x, wanted = self._pick(self._held[at : at + self._micro])
                 found += float(distances(self._run(x, self.theta), wanted, self._course.distance).sum())

@@ -9,6 +9,8 @@ expert, its elements dealt out to them by a hash of seed, tensor and element. Co
     supervised     cross-entropy, the mean over the supervised tokens of a step
     negation       minus that on data.train plus that on data.control, `batch` samples of each
     entropy        the mean entropy of the predictions at the same tokens: labels say where, not what
+    pseudo_label   cross-entropy with what the model itself predicts there, of samples where it is sure, and of the
+                   others as far as they pass a threshold: engine/objectives.py
 
 Several files under data.train are several tasks: each gives `batch` samples to a step, and their losses are added.
 With data.validation the coefficients of the epoch with the least loss there are kept, the first ones included.
@@ -34,7 +36,7 @@ from streammerge.errors import RecipeError
 from streammerge.method import LayerMethod, PerExpert, param, spread
 from streammerge.methods._composed import Composed
 
-OBJECTIVES = ("supervised", "entropy", "negation")
+OBJECTIVES = ("supervised", "entropy", "pseudo_label", "negation")
 COMPUTE = ("float32", "bfloat16")
 ATTENTION = ("sdpa", "eager")
 DATA = ("train", "control", "validation", "max_length")
@@ -50,7 +52,7 @@ class Atlas(LayerMethod):
     keys = ("data", "coefficients", "compute", "attention")
     common = ("objective", "steps", "epochs", "batch", "schedule", "clip", "budget")  # the same for all tensors
 
-    objective: str = param("supervised", "supervised, entropy or negation")
+    objective: str = param("supervised", "supervised, entropy, pseudo_label or negation")
     steps: int = param(0, "steps of AdamW; 0: as many as epochs make")
     epochs: int = param(10, "times that every sample is seen, where steps is 0")
     batch: int | str = param(128, "samples of a step, of each file of them; or all", kind=object)

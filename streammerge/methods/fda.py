@@ -114,10 +114,9 @@ class Fda(LayerMethod):
         name = given.get("preset", "none")
         if name == "none" or name not in PRESETS:
             return dict(given)
-        merged = keys["start"] != "base"
-        own = PRESETS[name] | {"adapt": "coefficients" if merged else "weights"}
-        own["adapt_lr"] = COEFFICIENTS if merged else RATES.get(name, WEIGHTS)
-        return own | dict(given)
+        found = PRESETS[name] | {"adapt": "weights" if keys["start"] == "base" else "coefficients"} | dict(given)
+        rate = COEFFICIENTS if found["adapt"] == "coefficients" else RATES.get(name, WEIGHTS)
+        return {"adapt_lr": rate, **found}
 
     def for_tensor(self, name: str, shape: tuple[int, ...], experts: int) -> TileMethod:
         raise RecipeError("fda merges no single tensor; its start does")

@@ -155,6 +155,51 @@ def test_entropy_needs_no_labels(untied, tmp_path):
     assert one["atlas"]["loss"][2] < one["atlas"]["loss"][0]
 
 
+def test_pseudo_labels_are_the_models_own(untied, tmp_path):
+    """Two epochs, labels looked up before each: trusted samples by cross-entropy, the others above a threshold."""
+    from streammerge.engine.objectives import flatten, trusted
+    from streammerge.samples import step_order
+
+    rows = [
+        {**row, "labels": [-100] * 4 + row["labels"][4:6] + [-100] * (len(row["input_ids"]) - 6)}
+        for row in untied.train[:3]
+    ]
+    rows += [{"input_ids": rows[0]["input_ids"][::-1], "labels": rows[0]["labels"]}]
+    rows = [row for row in rows if len(row["input_ids"]) == len(row["labels"])]
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parameters = {"epochs": 2, "batch": 2, "objective": "pseudo_label", "lr": 0.3}
+    report = merge(untied, tmp_path / "out", data={"train": str(tmp_path / "few.jsonl")}, parameters=parameters)
+    assert report["read_bytes"] == report["predicted"]["read_bytes"]
+    plain, order, own = Plain(untied), step_order(len(rows), 2, 4, 0), {}
+
+    def logs(row):
+        ids = torch.tensor([row["input_ids"]])
+        output = torch.func.functional_call(plain.model, plain.weights(), (), {"input_ids": ids})
+        return torch.log_softmax(output.logits[0, :-1][torch.tensor(row["labels"][1:]) != -100], -1)
+
+    def loss(step):
+        if step % 2 == 0:
+            with torch.no_grad():
+                found = [logs(row).max(-1) for row in rows]
+            chosen = trusted([tuple(each.indices.tolist()) for each in found], [float(f.values.mean()) for f in found])
+            own.clear()
+            own.update({at: found[at].indices for at in chosen})
+        sure, others = sorted(own), [at for at in order[step] if at not in own][:1]
+        first = sure[step % len(sure)]
+        total = -logs(rows[first])[range(2), own[first]].sum()
+        for at in others:
+            found = logs(rows[at])
+            q = flatten(found.detach().exp())
+            total = total - ((q * found).sum(-1) * (q.amax(-1) > 0.9 + 0.05 * (step // 2))).sum()
+        return total / (2 + 2 * len(others))
+
+    losses = plain.learn(4, loss, lr=0.3)
+    assert report["atlas"]["loss"] == pytest.approx(losses, rel=1e-4)
+    assert plain.distance(tensors(tmp_path / "out")) < 1e-3
+    with pytest.raises(RecipeError, match=r"pseudo_label takes one file under data\.train"):
+        merge(untied, tmp_path / "no", data={"train": [str(tmp_path / "few.jsonl")] * 2}, parameters=parameters)
+
+
 def test_validation_samples_choose_the_epoch(untied, tmp_path):
     data = {name: str(untied.folder / f"{name}.jsonl") for name in ("train", "validation")}
     parameters = {"epochs": 4, "batch": 3, "lr": 0.6}

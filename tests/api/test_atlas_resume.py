@@ -80,7 +80,7 @@ real, count = learner.Learner.save, [0]
 def save(*arguments):
     real(*arguments)
     count[0] += 1
-    if count[0] == 3:
+    if count[0] == 4:
         os.kill(os.getpid(), 9)
 learner.Learner.save = save
 """
@@ -155,3 +155,23 @@ def test_the_budget_holds_in_a_process_of_its_own(larger, tmp_path, more, clip):
     assert max(peak, report["ram_peak_bytes"]) <= predicted <= allowed
     assert predicted <= 1.4 * peak, "the promise is too careful to be of use"
     assert report["read_bytes"] == report["predicted"]["read_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["twice", "memory", "pinned"])
+def test_launches_give_the_same(world, tmp_path, monkeypatch, place):
+    """What a GPU does, in Triton's interpreter: weights composed and products taken by launches."""
+    from streammerge.engine import composing_plan, composing_run
+    from streammerge.engine.places import GpuPlace
+
+    def choose(sizes, room, late):
+        return ["twice" if late[at] and place == "memory" else place for at in range(len(sizes))]
+
+    monkeypatch.setattr(composing_plan, "choose_places", choose)
+    changes = {"parameters": {"steps": 3, "batch": "all", "partitions": 2}}
+    merge(world, tmp_path / "wanted", **changes)
+    monkeypatch.setattr(
+        composing_run, "HostPlace", lambda threads: GpuPlace(torch.device("cpu"), composing_run.PIECE)
+    )  # fmt: skip
+    merge(world, tmp_path / "out", **changes)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "wanted")

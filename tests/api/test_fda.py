@@ -278,6 +278,7 @@ def test_progress_counts_the_work(folder, tmp_path):
         ({"units": "0-7"}, {}, "the model has units 0-2"),
         ({}, {"adapt": "coefficients"}, "refines a merged start"),
         ({}, {"unit": "feed"}, "is in no module of model.layers.0; it has"),
+        ({}, {"unit": "self_attn"}, "model.layers.0.self_attn does not run alone on its input"),
         ({}, {"unit": [{"filter": "layers.0", "value": "mlp"}, {"value": "block"}]}, "unit is for the whole model"),
         ({}, {"anchors": 0}, "anchors is 0"),
         ({}, {"preset": "paper-bert"}, "preset is 'paper-bert'"),

@@ -24,6 +24,7 @@ DOCS = [
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/gradfix.md",
+    "docs/matrix_methods.md",
     "benchmarks/README.md",
     "benchmarks/LOG.md",
 ]
