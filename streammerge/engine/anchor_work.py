@@ -54,7 +54,8 @@ class Work:
         settings = self.settings
         if self.solves:
             return 0.0
-        return 3.0 * (settings.adapt_steps * settings.batch or settings.adapt_epochs * self.experts * self.shape[0])
+        runs = settings.adapt_steps * settings.batch or settings.adapt_epochs * self.experts * self.shape[0]
+        return 3.0 * float(runs)
 
     @property
     def load(self) -> float:

@@ -22,7 +22,7 @@ from streammerge.kernels.numerics import Span
 from streammerge.method import Flags, Survey, Tile, TileMethod
 
 T = TypeVar("T")
-PART = 1 << 18  # elements that a thread takes at once, at least: work that outweighs handing it over
+PART = 1 << 18  # elements of two experts that a thread takes at once, at least: work that outweighs handing it over
 RESIDENT_SAMPLE, RESIDENT_SLICES = 1 << 17, 16  # elements and slices of a sample of resident tiles
 ROUNDS = 8  # no survey needs so many more than planned; one that does is a bug, not a slow tensor
 
@@ -42,10 +42,11 @@ class Crew:
 
     def cut(self, method: TileMethod, tile: Tile) -> list[Tile]:
         """Parts of a tile, at multiples of the method's grain counted from the tensor's start."""
-        if self._pool is None or tile.numel < 2 * PART:
+        least = PART // max(1, len(tile.experts) - 1)
+        if self._pool is None or tile.numel < 2 * least:
             return [tile]
         grain = method.grain(tile.shape)
-        size = -(-max(PART, -(-tile.numel // (2 * self.threads))) // grain) * grain
+        size = -(-max(least, -(-tile.numel // (2 * self.threads))) // grain) * grain
         edges = [*range(0, tile.numel, size), tile.numel]
         return [tile.part(lo, hi) for lo, hi in pairwise(edges)]
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 FP32, FP64 = 4, 8
 ADD = np.array([[0.0, 1.0]], np.float32)  # of add_deltas: the task vector alone
-LIBRARY = 48 << 20  # what matrix libraries keep for themselves, thread by thread
+LIBRARY = 44 << 20  # what matrix libraries keep for themselves, thread by thread
 GPU_LIBRARY = 160 << 20  # 32 MiB each for cuBLAS and cublasLt on Hopper; the rest for torch's partly filled segments
 GAPS = 8  # one part in so many is allowed for what torch's allocator leaves unused between matrices; not measured
 EIGH = 2  # square fp64 matrices that cuSOLVER's syevd is allowed beyond LAPACK's two; its documents give no formula

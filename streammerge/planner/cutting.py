@@ -74,9 +74,9 @@ def side_by_side(tensors: Sequence[PlannedTensor], cut: Cut, threads: int, free:
             count += 1
             room = max(room, whole_bytes(tensor, cut.step))
             solver = max(solver, _cost(tensor, cut.step, threads, on_gpu=False) - tensor.method.shared_bytes)
-    more = max(0, min(threads, AT_ONCE, count, 1 + free // max(1, room + solver)) - 1)
-    waiting = FP32 * 2 * cut.step // min((t.width for t in tensors), default=1) if more else 0  # solved, not merged
-    return 1 + more, more * room, more * solver + waiting
+    waiting = FP32 * 2 * cut.step // min((t.width for t in tensors), default=1)  # solved, not merged
+    more = max(0, min(threads, AT_ONCE, count, 1 + (free - waiting) // max(1, room + solver)) - 1)
+    return 1 + more, more * room, more * solver + (waiting if more else 0)
 
 
 def _refuse(tensors: Sequence[PlannedTensor], limits: Limits, ram: int, step: int, out: int) -> NoReturn:

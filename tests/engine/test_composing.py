@@ -113,7 +113,9 @@ class World:
             hooks = Selecting(mix) if kind is Selecting else Composing(mix, learns=True, opening=step == 0, bare=False)
             place = HostPlace(1)
             hooks.begin(store, learner, place)
-            plan = plan_sweep(self.stack, self.checkpoints, self.batches, self.loss, hooks, Limits(ram="8GiB", **limits))
+            plan = plan_sweep(
+                self.stack, self.checkpoints, self.batches, self.loss, hooks, Limits(ram="8GiB", **limits)
+            )
             with Sweep(plan, poison=True) as sweep:
                 losses.append(sum(sweep.run(self.batches)))
                 reads.append(sweep.bytes_read)

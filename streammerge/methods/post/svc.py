@@ -53,6 +53,7 @@ class Svc(Post):
     summary = "singular values of the merge, calibrated against the experts"
     source = "Li et al. 2026, arXiv:2602.05536"
     kernels = ("add_deltas", "apply_delta")
+    shared_bytes = LIBRARY
 
     floor: float = param(0.0, "least share of a task that counts as present; 0: 1 / experts, or 1 for tsvm")
     embeddings: bool = param(False, "calibrate embeddings and head too")
