@@ -81,6 +81,14 @@ class Run:
             self._progress.read_bytes = max(0, self.plan.read_bytes - left)
         self._progress.written_bytes = sum(t.end - t.begin for t in self.plan.tensors[:first])
         self._feed = Feed(self.ring, self._reader, self.plan.work(first, start))
+        try:
+            yield from self._groups(sink)
+        except Interrupted:  # what lanes work on is waited for in any case, so it is kept
+            while self._waiting and not any(each.cancel() for each in self._futures(self._waiting[0])):
+                yield from self._merge_waiting(sink, len(self._waiting) - 1)
+            raise
+
+    def _groups(self, sink: Sink) -> Iterator[int]:
         while True:
             yield from self._make_way(sink)
             if (loaded := self._next()) is None:
@@ -98,17 +106,23 @@ class Run:
                 group.append(self._must())
             self._settle(group)
             self._waiting.append(group)
-            if self._lanes.count == 1:
-                yield from self._merge_waiting(sink, 0)
+            while self._waiting and self._is_settled(self._waiting[0]):
+                yield from self._merge_waiting(sink, len(self._waiting) - 1)
         yield from self._merge_waiting(sink, 0)
 
     def _make_way(self, sink: Sink) -> Iterator[int]:
         """Merge what waits and is settled, as long as the next step has no room in the ring."""
         assert self._feed is not None
         while self._waiting and not self._feed.ready():
-            oldest = [self._settling[i] for i in _tensors(self._waiting[0]) if i in self._settling]
-            if not wait(oldest, LOOK).not_done:
+            if self._is_settled(self._waiting[0], LOOK):
                 yield from self._merge_waiting(sink, len(self._waiting) - 1)
+
+    def _is_settled(self, group: list[Loaded], seconds: float = 0) -> bool:
+        """Whether no lane works on a group any more; waits so long for it."""
+        return not wait(self._futures(group), seconds).not_done
+
+    def _futures(self, group: list[Loaded]) -> list[Future[None]]:
+        return [self._settling[index] for index in _tensors(group) if index in self._settling]
 
     def _merge_waiting(self, sink: Sink, left: int) -> Iterator[int]:
         """Merge the oldest groups until so many are left."""

@@ -14,6 +14,7 @@ from reading import WHOLE, family, read, rounded, write
 import streammerge as sm
 from streammerge import api
 from streammerge.errors import CheckpointError, Interrupted, OutputExists, RecipeError
+from streammerge.planner import cutting
 from streammerge.planner import plan as planning
 
 RAM = "1GiB"
@@ -38,7 +39,7 @@ def recipe(tmp_path, folders):
 @pytest.fixture
 def large(tmp_path, monkeypatch):
     """A recipe of many steps."""
-    monkeypatch.setattr(planning, "TILE", 1 << 16)
+    monkeypatch.setattr(cutting, "TILE", 1 << 16)
     root, *near = write(tmp_path / "large", family(2, shapes=LARGE))
     return build.recipe(tmp_path / "large.yml", "task_arithmetic", near, root, weight=[0.5, 0.7])
 

@@ -14,7 +14,7 @@ import pytest
 
 import streammerge as sm
 from streammerge.errors import CheckpointError, MachineError
-from streammerge.planner import plan as planning
+from streammerge.planner import cutting
 from streammerge.store import reader, writer
 
 NAME = "model.safetensors"
@@ -49,7 +49,7 @@ def wanted(recipe, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """So that a run has a beginning, a middle and an end."""
-    monkeypatch.setattr(planning, "TILE", 1 << 18)
+    monkeypatch.setattr(cutting, "TILE", 1 << 18)
     monkeypatch.setattr(writer, "SYNC_EVERY", 1 << 20)
 
 

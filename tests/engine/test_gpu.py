@@ -13,8 +13,8 @@ from engine import simulated
 
 import streammerge as sm
 from streammerge.errors import BudgetTooSmall, CheckpointError, Interrupted, RecipeError
+from streammerge.planner import cutting
 from streammerge.planner import device as placing
-from streammerge.planner import plan as planning
 
 SHARDS = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
 METHODS = {
@@ -90,7 +90,7 @@ def test_the_bytes_of_the_cpu(tmp_path, monkeypatch, gpu, models, method, tile):
     recipe = written(tmp_path, models, method)
     expected = sm.merge(recipe, tmp_path / "cpu", ram="1GiB", device="cpu", seed=5)
     gpu(tile)
-    monkeypatch.setattr(planning, "TILE", tile)
+    monkeypatch.setattr(cutting, "TILE", tile)
     report = sm.merge(recipe, tmp_path / "gpu", ram="4GiB", vram="2GiB", device="cuda", seed=5)
     assert digest(tmp_path / "gpu") == digest(tmp_path / "cpu")
     assert report["nonfinite"] == expected["nonfinite"]
@@ -105,7 +105,7 @@ def test_a_tensor_that_the_device_cannot_hold_is_read_again(tmp_path, monkeypatc
     recipe = written(tmp_path, models, method)
     sm.merge(recipe, tmp_path / "cpu", ram="1GiB", device="cpu")
     gpu(1)
-    monkeypatch.setattr(planning, "TILE", 1 << 14)
+    monkeypatch.setattr(cutting, "TILE", 1 << 14)
     monkeypatch.setattr(placing, "SLOTS", 3)
     plan = sm.plan(recipe, ram="4GiB", vram="2GiB", device="cuda")
     least = replace(plan.device_layout, slots=3).peak_bytes
@@ -133,7 +133,7 @@ def test_stopped_on_a_gpu_and_finished_on_the_cpu(tmp_path, monkeypatch, gpu, mo
     recipe = written(tmp_path, models, "task_arithmetic")
     sm.merge(recipe, tmp_path / "cpu", ram="1GiB", device="cpu")
     gpu(2)
-    monkeypatch.setattr(planning, "TILE", 1 << 14)
+    monkeypatch.setattr(cutting, "TILE", 1 << 14)
     seen = []
 
     class Stop:
@@ -160,7 +160,7 @@ def test_stream_hands_out_the_same_tensors(tmp_path, monkeypatch, gpu, models):
     recipe = written(tmp_path, models, "task_arithmetic")
     wanted = dict(sm.stream(recipe, ram="1GiB", device="cpu"))
     gpu(3)
-    monkeypatch.setattr(planning, "TILE", 1 << 14)
+    monkeypatch.setattr(cutting, "TILE", 1 << 14)
     found = dict(sm.stream(recipe, ram="4GiB", vram="2GiB", device="cuda"))
     assert list(found) == list(wanted)
     for name, tensor in found.items():

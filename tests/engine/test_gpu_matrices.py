@@ -19,6 +19,7 @@ from streammerge.kernels.queue import Queue
 from streammerge.method import find
 from streammerge.methods import _matrices as matrices
 from streammerge.methods._precision import exact_products, span
+from streammerge.planner import cutting
 from streammerge.planner import device as placing
 from streammerge.planner import plan as planning
 
@@ -102,7 +103,7 @@ def test_the_merge_of_the_cpu_at_any_step_and_budget(tmp_path, monkeypatch, gpu,
     gpu(3)
     found = {}
     for tile in (1 << 18, 1 << 14, 1 << 12):
-        monkeypatch.setattr(planning, "TILE", tile)
+        monkeypatch.setattr(cutting, "TILE", tile)
         plan = sm.plan(recipe, ram="4GiB", vram="3GiB", device="cuda")
         if tile == 1 << 12:  # too few places for a matrix's tiles: it is read again for every round
             least = replace(plan.device_layout, slots=placing.SLOTS).peak_bytes
@@ -150,7 +151,7 @@ def test_nan_is_refused(tmp_path, monkeypatch, gpu, models, tile):
     bad = build.checkpoint(tmp_path / "bad", {"model.safetensors": broken})
     recipe = written(tmp_path, [models[0], models[1], bad], "tsvm")
     gpu(5)
-    monkeypatch.setattr(planning, "TILE", tile)
+    monkeypatch.setattr(cutting, "TILE", tile)
     with pytest.raises(
         CheckpointError, match=r"'layer.0.weight' of expert 2 holds a NaN or an infinity; such a matrix"
     ):
@@ -213,7 +214,7 @@ def test_what_torch_takes_is_what_was_predicted(tmp_path, monkeypatch, gpu, meth
     for name in ("GPU_LIBRARY", "EIGH"):
         monkeypatch.setattr(matrices, name, 0)
     monkeypatch.setattr(matrices, "GAPS", 1 << 40)
-    monkeypatch.setattr(planning, "TILE", 1 << 17)
+    monkeypatch.setattr(cutting, "TILE", 1 << 17)
     plan = sm.plan(recipe, ram="4GiB", vram="3GiB", device="cuda")
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # only this thread is watched
@@ -239,7 +240,7 @@ def test_answers_go_when_they_are_merged(tmp_path, monkeypatch, gpu, models, til
 
     monkeypatch.setattr(matrices.MatrixSurvey, "_room", watched)
     gpu(8)
-    monkeypatch.setattr(planning, "TILE", tile)
+    monkeypatch.setattr(cutting, "TILE", tile)
     sm.merge(written(tmp_path, models, "iso_c"), tmp_path / "out", ram="4GiB", vram="3GiB", device="cuda")
     assert held == answers
 
@@ -259,7 +260,7 @@ def test_a_gpus_work_is_not_finished_on_the_cpu(tmp_path, monkeypatch, gpu, mode
     """Libraries round differently: one output must not mix both."""
     recipe = written(tmp_path, models, "tsvm")
     gpu(7)
-    monkeypatch.setattr(planning, "TILE", 1 << 14)
+    monkeypatch.setattr(cutting, "TILE", 1 << 14)
     seen = []
 
     class Stop:

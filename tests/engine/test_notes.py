@@ -8,7 +8,7 @@ import pytest
 
 import streammerge as sm
 from streammerge.errors import CheckpointError, Interrupted
-from streammerge.planner import plan as planning
+from streammerge.planner import cutting
 from streammerge.store import writer
 
 
@@ -30,7 +30,7 @@ class StopAt:
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     """Two models: one tensor with a NaN in its first element, one that is the same in both, four others."""
-    monkeypatch.setattr(planning, "TILE", 1 << 16)
+    monkeypatch.setattr(cutting, "TILE", 1 << 16)
     monkeypatch.setattr(writer, "SYNC_EVERY", 1 << 17)
     dice = np.random.default_rng(0)
     shapes = {"a": (64, 1024), "b": (64, 1024), "c": (256, 1024), "d": (64, 1024), "e": (64, 1024)}
