@@ -57,10 +57,10 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("parameters", "start"),
     [
-        ({"unit": "mlp"}, "base"),
+        pytest.param({"unit": "mlp"}, "base", marks=pytest.mark.slow),
         ({"unit": "mlp", "alphas": "experts"}, "task_arithmetic"),
-        ({"unit": "mlp", "adapt": "closed_form"}, "tsvm"),
-        ({"unit": "block", "tokens": 4, "rows": 128}, "base"),
+        pytest.param({"unit": "mlp", "adapt": "closed_form"}, "tsvm", marks=pytest.mark.slow),
+        pytest.param({"unit": "block", "tokens": 4, "rows": 128}, "base", marks=pytest.mark.slow),
     ],
 )
 def test_a_child_process_stays_below_its_prediction(folder, tmp_path, parameters, start):

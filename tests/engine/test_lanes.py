@@ -47,8 +47,8 @@ def merged(recipe, out, **options):
         ("tsvm", {}),
         ("wudi", {"iterations": 3}),
         ("wudi", {"solver": "closed_form", "ridge": 1e-9}),
-        ("iso_cts", {}),
-        ("ace", {}),
+        pytest.param("iso_cts", {}, marks=pytest.mark.slow),
+        pytest.param("ace", {}, marks=pytest.mark.slow),
     ],
 )
 def test_the_same_bytes_however_many_at_once(tmp_path, recipe, method, parameters, fresh_process):
