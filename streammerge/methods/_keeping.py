@@ -2,14 +2,16 @@
 
 Gram matrices are formed in fp64 from the fp32 entries, a block at a time, and decomposed in fp64: singular values
 come out to about 1e-8 of the largest, so that directions below NOISE of it are none. Large products are done in the
-matrix's own type.
+matrix's own type, shared by blocks of rows (_crew.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from streammerge.methods import _spectra as spectra
 from streammerge.methods._matrices import FP32, Solver
 
 if TYPE_CHECKING:
@@ -60,12 +62,11 @@ def gram(matrices: Sequence[Tensor], left: bool) -> Tensor:
     import torch
 
     size = matrices[0].shape[0 if left else 1]
-    total = torch.zeros(size, size, dtype=torch.float64, device=matrices[0].device)
+    total, crew = matrices[0].new_zeros(size, size, dtype=torch.float64), spectra.crew_for(matrices[0])
     for matrix in matrices:
         turned = matrix if left else matrix.T
         for at in range(0, turned.shape[1], BLOCK):
-            block = turned[:, at : at + BLOCK].double()
-            total.addmm_(block, block.T)
+            spectra.gram(turned[:, at : at + BLOCK].double(), total, add=True, crew=crew)
     return total
 
 
@@ -73,5 +74,11 @@ def directions(matrices: Sequence[Tensor], left: bool) -> tuple[Tensor, Tensor]:
     """Singular values, falling, and vectors (columns) of matrices side by side (left) or stacked; both fp64."""
     import torch
 
-    values, vectors = torch.linalg.eigh(gram(matrices, left))
+    square = gram(matrices, left)
+    values, vectors = spectra.crew_for(square).alone(partial(torch.linalg.eigh, square))
     return values.clamp_(min=0).sqrt_().flip(0), vectors.flip(1)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+    """out += factor a b."""
+    spectra.crew_for(out).each(lambda lo, hi: out[lo:hi].addmm_(a[lo:hi], b, alpha=factor), len(out))

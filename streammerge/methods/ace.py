@@ -22,15 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from streammerge.errors import RecipeError
 from streammerge.method import param
-from streammerge.methods._keeping import FP64, Keeper, gram, matrices_bytes
+from streammerge.methods._keeping import FP64, Keeper, add_product, gram, matrices_bytes
 from streammerge.methods._matrices import MatrixMethod, Solver
-from streammerge.methods._spectra import leading, leading_bytes
+from streammerge.methods._spectra import crew_for, leading, leading_bytes, product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,21 +78,21 @@ class _Solver(Keeper):
     def finish(self) -> Tensor:
         import torch
 
-        rows, columns = self.deltas[0].shape
-        sizes = [[float(part.square().sum()) for part in (d.double(), _centred(d)[0])] for d in self.deltas]
+        (rows, columns), crew = self.deltas[0].shape, crew_for(self.deltas[0])
+        sizes = [crew.alone(partial(_sizes, delta)) for delta in self.deltas]
         useful = [i for i, (whole, centred) in enumerate(sizes) if centred > RANKLESS * whole]
         if not useful:
             return torch.zeros(rows, columns, device=self.deltas[0].device)
         differ = self._differ([sizes[i][0] for i in useful])
         covariance = torch.zeros(columns, columns, dtype=torch.float64, device=self.deltas[0].device)
-        product = torch.zeros(rows, columns, dtype=torch.float64, device=covariance.device)  # sum_i W_i S_i
-        ridged, means, ridge = torch.zeros_like(product), product[:1].clone(), 0.0
+        seen = torch.zeros(rows, columns, dtype=torch.float64, device=covariance.device)  # sum_i W_i S_i
+        ridged, means, ridge = torch.zeros_like(seen), seen[:1].clone(), 0.0
         for i in useful:
             factor = 1 / (sizes[i][1] + TINY) if differ else 1.0
             centred, mean = _centred(self.deltas[i])
             own = gram([centred], left=False).mul_(factor)
-            product.addmm_(centred, own)
-            means += mean @ own
+            add_product(seen, centred, own)
+            means += product(crew, mean, own)
             covariance += own
             ridged.add_(centred, alpha=self._eps * factor)
             ridge += self._eps * factor
@@ -100,16 +101,16 @@ class _Solver(Keeper):
         if differ:
             rank_one /= np.mean([sizes[i][0] for i in useful]) + TINY
         covariance.diagonal().add_(ridge)
-        ridged += product
+        ridged += seen
         if differ:
             total = sum((self.deltas[i] for i in useful), start=torch.zeros(1, device=covariance.device)).double()
-            product.add_(means).addmm_(total, covariance, alpha=-1 / len(useful))
+            add_product(seen.add_(means), total, covariance, -1 / len(useful))
             del total
         self.deltas.clear()
         covariance += rank_one
-        merged = torch.linalg.solve(covariance, ridged, left=False)
+        merged = crew.alone(partial(torch.linalg.solve, covariance, ridged, left=False))
         del covariance, ridged
-        return (merged + self._isotropic(product.add_(merged)) if differ else merged).float()
+        return (merged + self._isotropic(seen.add_(merged)) if differ else merged).float()
 
     def _differ(self, sizes: Sequence[float]) -> bool:
         """Whether the tasks differ in size."""
@@ -123,7 +124,12 @@ class _Solver(Keeper):
         if not rank:
             return 0.0
         top = leading(fused, rank)
-        return top.values.sum() / rank * (top.left.T @ top.right)
+        return top.values.sum() / rank * product(crew_for(fused), top.left.T, top.right)
+
+
+def _sizes(delta: Tensor) -> tuple[float, float]:
+    """Squared norms, fp64: of the matrix, and of it without its mean row."""
+    return float(delta.double().square().sum()), float(_centred(delta)[0].square().sum())
 
 
 def _centred(delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
 from streammerge.method import param
-from streammerge.methods._keeping import Keeper, matrices_bytes
+from streammerge.methods._keeping import Keeper, add_product, matrices_bytes
 from streammerge.methods._matrices import FP32, MatrixMethod, Solver
 from streammerge.methods._spectra import leading, leading_bytes
 
@@ -69,7 +69,7 @@ class _Solver(Keeper):
         while self.deltas:
             low = leading(self.deltas.pop(0), self._rank)
             low.left.mul_(low.values[:, None])
-            merged.addmm_(low.left.float().T, low.right.float(), alpha=self._factor)
+            add_product(merged, low.left.float().T, low.right.float(), self._factor)
         return merged
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from streammerge.errors import RecipeError
 from streammerge.method import PerExpert, param, spread
+from streammerge.methods import _spectra as spectra
 from streammerge.methods._keeping import NOISE, Keeper, directions, matrices_bytes, ordered, spectrum_bytes
 from streammerge.methods._matrices import FP32, MatrixMethod, Solver
 
@@ -67,9 +68,10 @@ class _Solver(Keeper):
         basis = vectors[:, :rank].float().contiguous()
         del vectors
         kept: list[Tensor] = []
+        crew = spectra.crew_for(basis)
         for density in self._densities:
-            kept.append(trimmed(basis.T @ self.deltas.pop(0), density))
-        return basis @ agreeing_mean(kept)
+            kept.append(trimmed(spectra.product(crew, basis.T, self.deltas.pop(0)), density))
+        return spectra.product(crew, basis, agreeing_mean(kept))
 
 
 def trimmed(block: Tensor, density: float) -> Tensor:

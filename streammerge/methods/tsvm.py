@@ -152,25 +152,25 @@ class Directions(Solver):
 
 def decomposed(matrix: Tensor, rank: int) -> spectra.Leading:
     """The same as `leading`, from the whole singular value decomposition."""
-    import torch
-
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False, driver=_driver(matrix))
+    left, values, right = _svd(matrix.double())
     rank = min(rank, int((values > spectra.DROP * values[0]).sum()))
     return spectra.Leading(left[:, :rank].T.contiguous(), values[:rank], right[:rank].clone())
 
 
 def orthogonal(x: Tensor, sizes: list[int]) -> polars.Polar:
     """The polar factor from the whole singular value decomposition, fp64."""
+    left, values, right = _svd(x)
+    kept = values > polars.CUTOFF * values[:1]
+    return polars.Polar(spectra.product(spectra.crew_for(x), left[:, kept], right[kept]), "svd", 0.0)
+
+
+def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """On one core; on a GPU by QR: Jacobi, which torch tries first, is slow beyond some hundred rows and less exact."""
     import torch
 
-    left, values, right = torch.linalg.svd(x, full_matrices=False, driver=_driver(x))
-    kept = values > polars.CUTOFF * values[:1]
-    return polars.Polar(left[:, kept] @ right[kept], "svd", 0.0)
-
-
-def _driver(x: Tensor) -> str | None:
-    """On a GPU QR: Jacobi, which torch would try first, is slow beyond some hundred rows and less exact."""
-    return "gesvd" if x.is_cuda else None
+    driver = "gesvd" if x.is_cuda else None
+    left, values, right = spectra.crew_for(x).alone(partial(torch.linalg.svd, x, full_matrices=False, driver=driver))
+    return left, values, right
 
 
 # By hand: with k = 1 each expert gives its larger direction; they are orthogonal already, so the merge is their sum.

@@ -1,5 +1,6 @@
 """Matrices solved side by side: the same bytes, in memory that the plan has counted, with nothing left running."""
 
+import json
 import threading
 
 import build
@@ -30,10 +31,12 @@ def recipe(tmp_path_factory):
     return folder, paths
 
 
-def written(recipe, method, **parameters):
+def written(recipe, method, post=None, **parameters):
     folder, (base, *experts) = recipe
-    path = folder / f"{method}.yml"
-    return build.recipe(path, method, experts, base, **parameters)
+    path = build.recipe(folder / f"{method}.yml", method, experts, base, **parameters)
+    if post is not None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "post": post}))
+    return path
 
 
 def merged(recipe, out, **options):
@@ -47,6 +50,8 @@ def merged(recipe, out, **options):
         ("tsvm", {}),
         ("wudi", {"iterations": 3}),
         ("wudi", {"solver": "closed_form", "ridge": 1e-9}),
+        ("knots", {}),
+        ("task_arithmetic", {"weight": 1.0, "post": "svc"}),
         pytest.param("iso_cts", {}, marks=pytest.mark.slow),
         pytest.param("ace", {}, marks=pytest.mark.slow),
     ],

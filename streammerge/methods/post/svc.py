@@ -33,7 +33,8 @@ from streammerge import kernel
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.kernels.numerics import Span
 from streammerge.method import Cost, Flags, Post, Survey, TensorMethod, Tile, TileMethod, is_vocabulary, param
-from streammerge.methods._keeping import directions, inverted, matrices_bytes, spectrum_bytes
+from streammerge.methods import _spectra as spectra
+from streammerge.methods._keeping import add_product, directions, inverted, matrices_bytes, spectrum_bytes
 from streammerge.methods._matrices import ADD, LIBRARY, norm
 from streammerge.methods._memory import give_back
 from streammerge.methods._precision import exact_products, span
@@ -232,22 +233,22 @@ def calibrate(merged: Tensor, deltas: Sequence[Tensor], least: float) -> None:
     """Change `merged` [m, n] to its calibrated form, by the task vectors [m, n]; all fp32."""
     import torch
 
-    left = merged.shape[0] <= merged.shape[1]
+    left, crew = merged.shape[0] <= merged.shape[1], spectra.crew_for(merged)
     values, vectors = directions([merged], left)
     basis = vectors.float()  # left singular vectors in columns
     del vectors
     if not left:
-        basis = merged @ basis
+        basis = spectra.product(crew, merged, basis)
         basis *= inverted(values).float()
-    mine = basis.T @ merged
+    mine = spectra.product(crew, basis.T, merged)
     present = torch.zeros(len(mine), dtype=torch.float64)
     for delta in deltas:
-        its = basis.T @ delta
+        its = spectra.product(crew, basis.T, delta)
         size = its.square().sum(1).double()
         overlap = its.mul_(mine).sum(1).double()
         present += (overlap / size).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_(min=least)
     mine *= (len(deltas) / present - 1).float()[:, None]
-    merged.addmm_(basis, mine)
+    add_product(merged, basis, mine)
 
 
 # By hand: the sum is diag(4, 1). Of the first direction 4 / 2 is there twice, gamma = 2 / 4; of the second all that the
