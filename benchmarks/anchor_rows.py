@@ -66,14 +66,15 @@ def rows(quick: bool) -> Iterator[Row]:
         yield Row(name, start, False)
     for name, start in (("base", None), *STARTS.items()):
         yield Row(f"fda of {name}", start, True, few)
-    yield Row("fda of base, bf16", None, True, {**few, "precision": "bf16"}, "bf16")
+    short = {**few, "precision": "bf16"}
+    yield Row("fda of base, bf16", None, True, short, "bf16")
     yield Row("fda of base, weights", None, True, {**few, "init": "weights"}, "weights")
     yield Row("fda of tsvm, weights", STARTS["tsvm"], True, {**few, "init": "weights"}, "weights")
     for count in (128, 256):
-        yield Row(f"fda of base, {count} anchors", None, True, {**few, "anchors": count}, str(count))
+        yield Row(f"fda of base, {count} anchors, bf16", None, True, {**short, "anchors": count}, str(count))
     for steps in (40, 1200):
-        values = {"construct_steps": steps} | few
-        yield Row(f"fda of base, {steps} steps", None, True, values, f"{steps} steps")
+        values = {"construct_steps": steps} | short
+        yield Row(f"fda of base, {steps} steps, bf16", None, True, values, f"{steps} steps")
 
 
 @dataclass(frozen=True)

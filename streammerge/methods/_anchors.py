@@ -97,17 +97,22 @@ class Construction:
         aims = {n: torch.where(masks[n], 0.0, t) if n in masks else t for n, t in tau.items()}
         self._tau = {name: value for name, value in aims.items() if start.is_meta or bool(value.any())}
         self._norms = {name: inner(value, value).sqrt() for name, value in self._tau.items()}
-        self._gradients = {name: torch.zeros_like(value) for name, value in self._tau.items()}
+        self._gradients: dict[str, Tensor] = {}
         self.best = start.clone()
         self._moments = torch.zeros_like(start), torch.zeros_like(start)
         self._step = 0
 
     def loss(self) -> Tensor:
         """The loss of the anchors as they are, fp64; what `step` needs is left behind."""
-        for gradient in self._gradients.values():
-            gradient.zero_()
+        self._gradients.clear()
         for x in self.anchors.split(self._micro):
-            self._network.likeness_gradient(x, len(self.anchors), self._gradients)
+            for name, g in zip(
+                self._tau, self._network.likeness_gradient(x, len(self.anchors), list(self._tau)), strict=True
+            ):
+                if name in self._gradients:
+                    self._gradients[name] += g
+                else:
+                    self._gradients[name] = g.contiguous()
         return aim(self._gradients, self._tau, self._norms)
 
     def step(self) -> None:

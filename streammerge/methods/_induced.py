@@ -19,7 +19,7 @@ gradient (`without_gradient`), have no part in the loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ Tensors = Mapping[str, "Tensor"]
 class Network(Protocol):
     """A unit at the base's weights and its expert's; x is a micro-batch of anchors, fp32, [anchors, ...]."""
 
-    def likeness_gradient(self, x: Tensor, anchors: int, out: dict[str, Tensor]) -> None:
-        """Add this micro-batch's share of g to `out`; f is a mean over `anchors` anchors."""
+    def likeness_gradient(self, x: Tensor, anchors: int, names: Sequence[str]) -> list[Tensor]:
+        """This micro-batch's share of g, for these tensors; f is a mean over `anchors` anchors."""
 
     def slope(self, x: Tensor, anchors: int, along: Tensors) -> Tensor:
         """This micro-batch's part of dF / dx for v = `along`."""
@@ -59,21 +59,46 @@ def pull(y0: Tensor, dy: Tensor, distance: str, anchors: int) -> Tensor:
     return found.view_as(y0)
 
 
-def aim(gradients: dict[str, Tensor], tau: Tensors, norms: Tensors) -> Tensor:
+def aim(gradients: Mapping[str, Tensor], tau: Tensors, norms: Tensors) -> Tensor:
     """The loss, fp64; `norms` are those of tau. What is left in `gradients` is v."""
     import torch
 
     losses = []
     for name, g in gradients.items():
         t = tau[name]
-        dot, length, norm = inner(g, t), inner(g, g).sqrt(), norms[name]
+        dot, square = _dots(g, t)
+        length, norm = square.sqrt(), norms[name]
         there = length > 0
         safe = torch.where(there, length, 1.0)
         cosine = dot / (safe * norm)
         losses.append(1 - cosine)
-        g.mul_(torch.where(there, cosine / safe**2, 0.0).to(g.dtype))
-        g.addcmul_(t, torch.where(there, -1 / (norm * safe), 0.0).to(g.dtype))
+        _turn(g, t, torch.where(there, cosine / safe**2, 0.0), torch.where(there, -1 / (norm * safe), 0.0))
     return torch.stack(losses).sum()
+
+
+def _dots(g: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """<g, t> and <g, g>, fp64; in one pass on the CPU."""
+    import torch
+
+    if g.device.type != "cpu":
+        return inner(g, t), inner(g, g)
+    from streammerge.kernels.host import aim as loops
+
+    assert g.is_contiguous()
+    assert t.is_contiguous()
+    found = torch.empty(2, dtype=torch.float64)
+    loops.dots(g.data_ptr(), t.data_ptr(), g.numel(), found.numpy())
+    return found[0], found[1]
+
+
+def _turn(g: Tensor, t: Tensor, a: Tensor, b: Tensor) -> None:
+    """g = a g + b t."""
+    if g.device.type != "cpu":
+        g.mul_(a.to(g.dtype)).addcmul_(t, b.to(g.dtype))
+        return
+    from streammerge.kernels.host import aim as loops
+
+    loops.turn(g.data_ptr(), t.data_ptr(), g.numel(), float(a), float(b))
 
 
 def inner(one: Tensor, other: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ gradient of any weight. If all anchors are one micro-batch, one forward pass ser
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ class GatedMlp:
         self._base = [base[name].to(dtype) for name in names]
         self._tau = [tau[name].to(dtype) for name in names]
 
-    def likeness_gradient(self, x: Tensor, anchors: int, out: dict[str, Tensor]) -> None:
+    def likeness_gradient(self, x: Tensor, anchors: int, names: Sequence[str]) -> list[Tensor]:
         import torch
 
         with self._exactly():
@@ -54,12 +55,10 @@ class GatedMlp:
             self._kept = (leaf, run, r) if whole else None
             with torch.no_grad():
                 e = self._times(r, self._base[DOWN])
-                lefts = (e * run.b * _dsilu(run.a), e * run.act, r)
-                for name, left, right in zip(self._names, lefts, (x, x, run.h), strict=True):
-                    if name in out and not self._rounds:
-                        out[name].addmm_(left.T, right)
-                    elif name in out:
-                        out[name] += product(left.T, right, True)
+                pairs = dict(
+                    zip(self._names, ((e * run.b * _dsilu(run.a), x), (e * run.act, x), (r, run.h)), strict=True)
+                )
+                return [product(pairs[name][0].T, pairs[name][1], self._rounds) for name in names]
 
     def slope(self, x: Tensor, anchors: int, along: Tensors) -> Tensor:
         import torch

@@ -2,22 +2,24 @@
 
 The induced gradient of a micro-batch is an ordinary backward pass; the derivative of F = sum <g, v> by the anchors is
 the backward pass of that one, of one micro-batch at a time. If all anchors are one micro-batch, its graph is kept from
-the first pass to the second. Any operation that autograd differentiates twice will do.
+the first pass to the second. Any operation that autograd differentiates twice will do; norms, activations and linear
+maps have rules of their own, which take fewer passes over memory (_curved.py, Shifted below).
 
-Products carry differences (`delta-forward`) where they are rounded: what the base's linear map took from x0 to y0, and
-a product of activations from (a0, b0) to y0, the expert's take to
+Products carry differences (`delta-forward`): what the base's linear map took from x0 to y0, and a product of
+activations from (a0, b0) to y0, the expert's take to
 
     y1 = y0 + x1 tau^T + (x1 - x0) W^T        y1 = y0 + (a1 - a0) b1 + a0 (b1 - b0)
 
-so that y1 - y0 keeps its digits. Everything between products is fp32.
+so that y1 - y0 keeps its digits, all the more where operands are rounded. Everything between products is fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from streammerge.methods._curved import curved
 from streammerge.methods._induced import NOTHING, Tensors, pull
 from streammerge.methods._rounded import casts, product, products
 
@@ -31,22 +33,21 @@ class WholeUnit:
     """Base and task vector of every tensor of a unit."""
 
     def __init__(self, run: Run, base: Tensors, tau: Tensors, distance: str, precision: str = "fp32") -> None:
-        """`precision` is that of the operands of linear maps (_rounded.py); with fp32 the expert runs as it is."""
+        """`precision` is that of the operands of linear maps (_rounded.py)."""
         self._run, self._base, self._distance = run, base, distance
         device = next(iter(base.values())).device
         self._exactly = partial(products, precision, device)
-        self._rounds, self._carries = casts(precision, device), precision != "fp32"
+        self._rounds = casts(precision, device)
         self._expert = {name: base[name] + tau[name] for name in base}
         self._changed = {id(self._expert[name]): (base[name], tau[name]) for name in base}
         self._kept: tuple[Tensor, list[Tensor]] | None = None
 
-    def likeness_gradient(self, x: Tensor, anchors: int, out: dict[str, Tensor]) -> None:
+    def likeness_gradient(self, x: Tensor, anchors: int, names: Sequence[str]) -> list[Tensor]:
         with self._exactly():
             whole = len(x) == anchors
-            leaf, found = self._gradients(x, anchors, list(out), whole)
+            leaf, found = self._gradients(x, anchors, names, whole)
             self._kept = (leaf, found) if whole else None
-            for held, gradient in zip(out.values(), found, strict=True):
-                held += gradient.detach()
+            return [gradient.detach() for gradient in found]
 
     def slope(self, x: Tensor, anchors: int, along: Tensors) -> Tensor:
         import torch
@@ -57,7 +58,7 @@ class WholeUnit:
             (slope,) = torch.autograd.grad(found, leaf, list(along.values()))
             return slope
 
-    def _gradients(self, x: Tensor, anchors: int, names: list[str], again: bool) -> tuple[Tensor, list[Tensor]]:
+    def _gradients(self, x: Tensor, anchors: int, names: Sequence[str], again: bool) -> tuple[Tensor, list[Tensor]]:
         """A leaf of x, and this micro-batch's share of g; `again`: to be differentiated by x."""
         import torch
 
@@ -81,7 +82,7 @@ class WholeUnit:
 
     def _of_expert(self, x: Tensor, seen: list[Any]) -> Tensor:
         """What the expert returns, from what the base's linear maps were given and returned."""
-        with _maps(self._rounds, self._changed, seen) if self._carries else _maps(False):
+        with _maps(self._rounds, self._changed, seen):
             return self._run(x, self._expert)
 
 
@@ -96,7 +97,7 @@ def _maps_class() -> Any:
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
-    linear = functional.linear
+    linear, shifted = functional.linear, _shifted_class()
     bilinear = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 
     class Maps(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped here
@@ -104,11 +105,15 @@ def _maps_class() -> Any:
             super().__init__()
             self.seen: list[tuple[Tensor, ...]] = []
             self._rounds, self._changed, self._before = rounds, changed, iter(seen or ())
+            self._curved = curved()
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if function in bilinear and len(args) == 2:
                 return self._product(function, *args)
+            if function in self._curved and torch.is_grad_enabled():
+                found = self._curved[function](*args, **kwargs)
+                return function(*args, **kwargs) if found is None else found
             if function is not linear:
                 return function(*args, **kwargs)
             x, weight = args[:2]
@@ -119,8 +124,8 @@ def _maps_class() -> Any:
                 return y
             x0, y0 = next(self._before)
             base, tau = self._changed[id(weight)]
-            y = y0 + self._map(x, tau, None if bias is None else self._changed[id(bias)][1])
-            return y if x is x0 else y + self._map(x - x0, base, None)
+            shift = None if bias is None else self._changed[id(bias)][1]
+            return shifted.apply(y0, x, None if x is x0 else x0, tau, base, shift, self._rounds)
 
         def _product(self, times: Any, a: Tensor, b: Tensor) -> Tensor:
             if self._changed is None:
@@ -136,6 +141,47 @@ def _maps_class() -> Any:
             return y if bias is None else y + bias
 
     return Maps
+
+
+@cache
+def _shifted_class() -> Any:
+    import torch
+    from torch.autograd import Function
+    from torch.autograd.function import once_differentiable
+
+    class Shifted(Function):  # type: ignore[misc]  # torch is untyped here
+        """y0 + x tau^T + (x - x0) W^T + bias, without the second product where x is x0: one tensor for all sums."""
+
+        @staticmethod
+        def forward(
+            ctx: Any, y0: Tensor, x: Tensor, x0: Tensor | None, tau: Tensor, base: Tensor, bias: Any, rounds: bool
+        ) -> Tensor:
+            ctx.weights, ctx.rounds, ctx.same = (tau, base), rounds, x0 is None
+            y = y0.flatten(0, -2).clone() if bias is None else y0.flatten(0, -2) + bias
+            add(y, x.flatten(0, -2), tau.T, rounds)
+            if x0 is not None:
+                add(y, (x - x0).flatten(0, -2), base.T, rounds)
+            return y.view_as(y0)
+
+        @staticmethod
+        @once_differentiable  # type: ignore[untyped-decorator]
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            g, (tau, base) = given[0].flatten(0, -2), ctx.weights
+            shape = (*given[0].shape[:-1], tau.shape[1])
+            if ctx.same:
+                return given[0], product(g, tau, ctx.rounds).view(shape), None, None, None, None, None
+            to_x = product(g, base, ctx.rounds)
+            to_x0 = -to_x
+            add(to_x, g, tau, ctx.rounds)
+            return given[0], to_x.view(shape), to_x0.view(shape), None, None, None, None
+
+    def add(total: Tensor, one: Tensor, other: Tensor, rounds: bool) -> None:
+        if rounds:
+            total += product(one, other, True)
+        else:
+            torch.addmm(total, one, other, out=total)
+
+    return Shifted
 
 
 @cache

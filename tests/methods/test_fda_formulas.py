@@ -17,14 +17,7 @@ from streammerge.methods.fda import PRESETS, Fda
 
 D, M, N = 64, 172, 40
 NAMES = ("gate", "up", "down")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mlp(x, weights):
@@ -77,9 +70,8 @@ def oracle(run, base, tau, x, distance="cosine", leave=()):
 
 def streamed(network, x, tau, micro):
     """The same in two passes over micro-batches."""
-    gradients = {name: torch.zeros_like(value) for name, value in tau.items()}
-    for part in x.split(micro):
-        network.likeness_gradient(part, len(x), gradients)
+    shares = [network.likeness_gradient(part, len(x), list(tau)) for part in x.split(micro)]
+    gradients = {name: sum(parts).contiguous() for name, parts in zip(tau, zip(*shares, strict=True), strict=True)}
     induced = {name: value.clone() for name, value in gradients.items()}
     loss = aim(gradients, tau, {name: inner(value, value).sqrt() for name, value in tau.items()})
     slope = torch.cat([network.slope(part, len(x), gradients) for part in x.split(micro)])
@@ -110,7 +102,7 @@ def test_the_streamed_gradient_is_that_of_double_backward(kind, case, micro):
     for name, value in induced.items():
         assert error(found[0][name], value) < 1e-5
     assert found[1] == pytest.approx(loss, abs=1e-6)
-    assert error(found[2], slope) <= (1e-6 if kind == "explicit" else 2e-6)  # the whole unit subtracts results
+    assert error(found[2], slope) <= 1e-6
 
 
 @pytest.mark.parametrize("micro", [7, 40])

@@ -1,0 +1,196 @@
+"""First and second derivatives of activations and of layer norm, each in one pass over the memory; fp32.
+
+With u what is pulled back to dx,
+
+    activation    dx = f'(x) dy            to_dy = f'(x) u, to_x = f''(x) dy u
+    layer norm    dx = P(dy w), P(h) = r (h - mean h - x^ mean(h x^)) per row, x^ = r (x - mean x)
+                  to_dy = w P(u) + x^ dw + db,  to_x = P(q) - x^ r <u, P(dy w)> / n,
+                  q = dy dw - r (u mean(dy w x^) + dy w mean(u x^)), dw and db what is pulled back to the gradients of
+                  weight and bias
+
+Composed of elementwise steps, as torch has them, second derivatives take more time than the products between them.
+exp is good to 2e-7 of its value, erf (Abramowitz and Stegun 7.1.26) to 2e-7.
+"""
+
+# mypy: disable-error-code="no-any-return"
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from streammerge.kernels.numerics import CHUNK, Array, as_f32, compiled, f32, f64, inlined, pointer, u32
+
+GELU, GELU_TANH, SILU = range(3)
+ROOT = 0.7978845608028654  # sqrt(2 / pi)
+CUBIC = 0.044715
+
+
+@inlined
+def _decay(z: float) -> float:
+    """exp(z) for z <= 0; 0 from -87 on."""
+    z = max(f32(z), f32(-87.0))
+    n = np.floor(z * f32(1.4426950408889634) + f32(0.5))
+    r = z - n * f32(0.693359375) - n * f32(-2.12194440e-4)
+    p = f32(1.9875691500e-4)
+    p = p * r + f32(1.3981999507e-3)
+    p = p * r + f32(8.3334519073e-3)
+    p = p * r + f32(4.1665795894e-2)
+    p = p * r + f32(1.6666665459e-1)
+    p = p * r + f32(5.0000001201e-1)
+    return f32(p * r * r + r + f32(1)) * as_f32(u32(u32(numba.int32(n) + numba.int32(127)) << u32(23)))
+
+
+@inlined
+def _gelu(x: Array, first: Array, second: Array, m: int) -> None:
+    for i in range(m):
+        v = x[i]
+        z = abs(v) * f32(0.7071067811865476)
+        e = _decay(-z * z)
+        t = f32(1) / (f32(1) + f32(0.3275911) * z)
+        tail = t * (
+            f32(0.254829592)
+            + t * (f32(-0.284496736) + t * (f32(1.421413741) + t * (f32(-1.453152027) + t * f32(1.061405429))))
+        )
+        half = f32(0.5) * tail * e
+        bell = e * f32(0.3989422804014327)
+        first[i] = (f32(1) - half if v > f32(0) else half) + v * bell
+        second[i] = bell * (f32(2) - v * v)
+
+
+@inlined
+def _gelu_tanh(x: Array, first: Array, second: Array, m: int) -> None:
+    for i in range(m):
+        v = x[i]
+        square = v * v
+        u = f32(ROOT) * v * (f32(1) + f32(CUBIC) * square)
+        slope = f32(ROOT) * (f32(1) + f32(3 * CUBIC) * square)
+        e = _decay(f32(-2) * abs(u))
+        t = (f32(1) - e) / (f32(1) + e)
+        t = t if u > f32(0) else -t
+        rest = f32(4) * e / ((f32(1) + e) * (f32(1) + e))  # 1 - t t
+        first[i] = f32(0.5) * (f32(1) + t + v * rest * slope)
+        second[i] = rest * (slope + f32(3 * ROOT * CUBIC) * square - v * t * slope * slope)
+
+
+@inlined
+def _silu(x: Array, first: Array, second: Array, m: int) -> None:
+    for i in range(m):
+        v = x[i]
+        e = _decay(-abs(v))
+        s = (f32(1) if v > f32(0) else e) / (f32(1) + e)
+        both = e / ((f32(1) + e) * (f32(1) + e))
+        first[i] = s + v * both
+        second[i] = both * (f32(2) + v * (f32(1) - f32(2) * s))
+
+
+@inlined
+def _slopes(kind: int, x: Array, first: Array, second: Array, m: int) -> None:
+    if kind == GELU:
+        _gelu(x, first, second, m)
+    elif kind == GELU_TANH:
+        _gelu_tanh(x, first, second, m)
+    else:
+        _silu(x, first, second, m)
+
+
+@inlined
+def _times(a: Array, b: Array, out: Array, m: int) -> None:
+    for i in range(m):
+        out[i] = a[i] * b[i]
+
+
+@inlined
+def _view(address: int, at: int, m: int) -> Array:
+    return numba.carray(pointer(address + 4 * at), (m,), np.float32)
+
+
+@compiled(numba.int64, numba.int64, numba.int64, numba.int64, numba.int64)
+def bend(kind: int, numel: int, x: int, dy: int, dx: int) -> None:
+    """dx = f'(x) dy; addresses of fp32."""
+    rows = np.empty((2, CHUNK + 16), np.float32)
+    for at in range(0, numel, CHUNK):
+        m = min(CHUNK, numel - at)
+        _slopes(kind, _view(x, at, m), rows[0], rows[1], m)
+        _times(rows[0], _view(dy, at, m), _view(dx, at, m), m)
+
+
+@compiled(*7 * [numba.int64])
+def bend_twice(kind: int, numel: int, x: int, dy: int, u: int, to_dy: int, to_x: int) -> None:
+    """to_dy = f'(x) u, to_x = f''(x) dy u."""
+    rows = np.empty((2, CHUNK + 16), np.float32)
+    for at in range(0, numel, CHUNK):
+        m = min(CHUNK, numel - at)
+        _slopes(kind, _view(x, at, m), rows[0], rows[1], m)
+        _times(rows[0], _view(u, at, m), _view(to_dy, at, m), m)
+        _times(rows[1], _view(u, at, m), rows[1], m)
+        _times(rows[1], _view(dy, at, m), _view(to_x, at, m), m)
+
+
+@inlined
+def _dot(a: Array, b: Array, lanes: Array, n: int) -> float:
+    lanes[:] = f32(0)
+    width = len(lanes)
+    for low in range(0, n, width):
+        m = min(width, n - low)
+        left, right = a[low : low + m], b[low : low + m]
+        for i in range(m):
+            lanes[i] += left[i] * right[i]
+    total = f64(0)
+    for i in range(width):
+        total += lanes[i]
+    return total
+
+
+@inlined
+def _center(x: Array, mean: float, r: float, hat: Array, n: int) -> None:
+    for i in range(n):
+        hat[i] = (x[i] - mean) * r
+
+
+@inlined
+def _project(h: Array, hat: Array, mean: float, share: float, r: float, out: Array, n: int) -> None:
+    for i in range(n):
+        out[i] = r * (h[i] - mean - hat[i] * share)
+
+
+@inlined
+def _mix(u: Array, h: Array, dy: Array, dw: Array, c: float, s: float, out: Array, n: int) -> None:
+    for i in range(n):
+        out[i] = dy[i] * dw[i] - (u[i] * c + h[i] * s)
+
+
+@inlined
+def _finish(out: Array, scale: Array, hat: Array, by: Array, plus: Array, n: int) -> None:
+    for i in range(n):
+        out[i] = out[i] * scale[i] + hat[i] * by[i] + plus[i]
+
+
+@inlined
+def _subtract(out: Array, hat: Array, by: float, n: int) -> None:
+    for i in range(n):
+        out[i] -= hat[i] * by
+
+
+@compiled(numba.int64, numba.int64, numba.int64[::1])
+def norm_twice(rows: int, n: int, at: Array) -> None:
+    """`at` has the addresses of dy, x, u, to_dy, to_x [rows, n], weight, dw, db [n], mean and r [rows]; fp32."""
+    work = np.empty((4, n + 16), np.float32)
+    hat, h, q, ones = work[0], work[1], work[2], work[3]
+    ones[:] = f32(1)
+    lanes = np.empty(64, np.float32)
+    weight, dw, db = _view(at[5], 0, n), _view(at[6], 0, n), _view(at[7], 0, n)
+    means, scales = _view(at[8], 0, rows), _view(at[9], 0, rows)
+    for row in range(rows):
+        dy, x, u = _view(at[0], row * n, n), _view(at[1], row * n, n), _view(at[2], row * n, n)
+        to_dy, to_x = _view(at[3], row * n, n), _view(at[4], row * n, n)
+        r = scales[row]
+        _center(x, means[row], r, hat, n)
+        _times(dy, weight, h, n)
+        c, s = f32(_dot(h, hat, lanes, n) / n), f32(_dot(u, hat, lanes, n) / n)
+        _project(h, hat, f32(_dot(h, ones, lanes, n) / n), c, r, q, n)
+        pulled = _dot(u, q, lanes, n)
+        _mix(u, h, dy, dw, r * c, r * s, q, n)
+        _project(q, hat, f32(_dot(q, ones, lanes, n) / n), f32(_dot(q, hat, lanes, n) / n), r, to_x, n)
+        _subtract(to_x, hat, f32(pulled * r / n), n)
+        _project(u, hat, f32(_dot(u, ones, lanes, n) / n), s, r, to_dy, n)
+        _finish(to_dy, weight, hat, dw, db, n)

@@ -1,0 +1,151 @@
+"""Activations and layer norms for autograd, whose second derivatives are one pass over memory each on the CPU.
+
+`curved` maps torch's functions to ours. They are what torch computes going forward; what they return can be
+differentiated twice by their input, and once by weights: a second derivative by weights is never asked for.
+On other devices, and for what is not fp32, torch's own functions run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@cache
+def curved() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Functions of torch, and what takes their place; that returns None for arguments that it does not know."""
+    import torch
+    from torch.nn import functional
+
+    norm, bend = _norm(), _bend()
+
+    def known(x: Tensor) -> bool:
+        return x.dtype == torch.float32 and x.device.type in ("cpu", "meta")
+
+    def layer_norm(
+        x: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Tensor | None:
+        if not known(x) or weight is None or bias is None or len(normalized_shape) != 1:
+            return None
+        return torch.as_tensor(norm.apply(x, weight, bias, eps))
+
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
+        return torch.as_tensor(bend.apply(x, GELUS[approximate])) if known(x) else None
+
+    def silu(x: Tensor, inplace: bool = False) -> Tensor | None:
+        return torch.as_tensor(bend.apply(x, SILU)) if known(x) and not inplace else None
+
+    return {functional.layer_norm: layer_norm, functional.gelu: gelu, functional.silu: silu}
+
+
+GELUS, SILU = {"none": 0, "tanh": 1}, 2  # as kernels/host/curves.py numbers them
+
+
+def _shared(work: Callable[[int, int], None], x: Tensor, rows: int) -> None:
+    """work(first, last) on the threads that torch may use; nothing on meta."""
+    from streammerge.methods._spectra import crew_for
+
+    if not x.is_meta:
+        crew_for(x).each(work, rows)
+
+
+@cache
+def _norm() -> Any:
+    import numpy as np
+    import torch
+    from torch.autograd import Function
+
+    from streammerge.kernels.host import curves
+
+    class Back(Function):  # type: ignore[misc]  # torch is untyped here
+        @staticmethod
+        def forward(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor) -> Any:
+            ctx.save_for_backward(dy, x, weight, mean, r)
+            shape = list(x.shape[-1:])
+            every = [True, True, True]
+            return torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, r, weight, weight, every)
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            u, dw, db = (each.contiguous() for each in given)
+            dy, x, weight, mean, r = (each.contiguous() for each in ctx.saved_tensors)
+            n = x.shape[-1]
+            to_dy, to_x = torch.empty_like(x), torch.empty_like(x)
+
+            def work(first: int, last: int) -> None:
+                at = [each.data_ptr() + 4 * n * first for each in (dy, x, u, to_dy, to_x)]
+                at += [each.data_ptr() for each in (weight, dw, db)]
+                at += [each.data_ptr() + 4 * first for each in (mean, r)]
+                curves.norm_twice(last - first, n, np.array(at, np.int64))
+
+            _shared(work, x, x.numel() // n)
+            return to_dy, to_x, None, None, None
+
+    class Norm(Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
+            y, mean, r = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+            ctx.save_for_backward(x, weight, mean, r)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            return (*Back.apply(given[0], *ctx.saved_tensors), None)
+
+    return Norm
+
+
+@cache
+def _bend() -> Any:
+    import torch
+    from torch.autograd import Function
+    from torch.nn import functional
+
+    from streammerge.kernels.host import curves
+
+    run: list[Callable[[Tensor], Tensor]] = [
+        functional.gelu,
+        lambda x: functional.gelu(x, approximate="tanh"),
+        functional.silu,
+    ]
+
+    def share(work: Callable[..., None], kind: int, *tensors: Tensor) -> None:
+        width = tensors[0].shape[-1]
+
+        def part(first: int, last: int) -> None:
+            work(kind, (last - first) * width, *(each.data_ptr() + 4 * first * width for each in tensors))
+
+        _shared(part, tensors[0], tensors[0].numel() // width)
+
+    class Back(Function):  # type: ignore[misc]  # torch is untyped here
+        @staticmethod
+        def forward(ctx: Any, dy: Tensor, x: Tensor, kind: int) -> Tensor:
+            ctx.save_for_backward(dy, x)
+            ctx.kind, dx = kind, torch.empty_like(x)
+            share(curves.bend, kind, x, dy.contiguous(), dx)
+            return dx
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            dy, x = ctx.saved_tensors
+            to_dy, to_x = torch.empty_like(x), torch.empty_like(x)
+            share(curves.bend_twice, ctx.kind, x, dy.contiguous(), given[0].contiguous(), to_dy, to_x)
+            return to_dy, to_x, None
+
+    class Bend(Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, kind: int) -> Any:
+            x = x.contiguous()
+            ctx.save_for_backward(x)
+            ctx.kind = kind
+            return run[kind](x)
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            return Back.apply(given[0], *ctx.saved_tensors, ctx.kind), None
+
+    return Bend
