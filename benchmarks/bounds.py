@@ -11,8 +11,11 @@ A floor shorter than FLOOR_COUNTS is not judged: starting an interpreter would d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from measure import Usage, spread
 
 SLACK = 1.25
 ELEMENTWISE = 1.15
@@ -47,6 +50,32 @@ class Row:
     floor_ratio: dict[str, float] | None = None
     reported_floor_ratio: dict[str, float] | None = None
     speedup: float | None = None  # of streammerge over mergekit, in mergekit's rows
+
+    @classmethod
+    def of(
+        cls,
+        what: tuple[str, str, str, str],
+        usages: Sequence[Usage],
+        sizes: tuple[int, int],
+        reports: Sequence[dict[str, Any]] = (),
+        **more: Any,
+    ) -> Row:
+        """Runs of `what` (shape, method, who, state), bytes of inputs and output, and reports of runs of ours."""
+        if reports:
+            more["reported_seconds"] = spread([report["seconds"] for report in reports])
+            more["predicted_bytes"] = reports[-1]["predicted"]["ram_peak_bytes"]
+            more["budget_bytes"] = reports[-1]["ram_budget_bytes"]
+            more |= {key: reports[-1][key] for key in ("passes", "read_bytes")}
+        return cls(
+            *what,
+            spread([usage.wall_seconds for usage in usages]),
+            spread([usage.cpu_seconds for usage in usages]),
+            max(usage.demand_bytes for usage in usages),
+            max(usage.resident_bytes for usage in usages),
+            max(usage.disk_read_bytes for usage in usages),
+            *sizes,
+            **more,
+        )
 
     @property
     def rate(self) -> float:

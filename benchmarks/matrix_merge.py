@@ -96,24 +96,8 @@ def speed(products: dict[str, float], rates: dict[str, float], cores: int) -> fl
 
 
 def row(way: str, shape: str, given: recipes.Case, usage: measure.Usage, report: dict[str, Any]) -> Row:
-    return Row(
-        shape,
-        way,
-        "streammerge",
-        "cold",
-        measure.spread([usage.wall_seconds]),
-        measure.spread([usage.cpu_seconds]),
-        usage.demand_bytes,
-        usage.resident_bytes,
-        usage.disk_read_bytes,
-        given.input_bytes,
-        report["write_bytes"],
-        reported_seconds=measure.spread([report["seconds"]]),
-        predicted_bytes=report["predicted"]["ram_peak_bytes"],
-        budget_bytes=report["ram_budget_bytes"],
-        passes=report["passes"],
-        read_bytes=report["read_bytes"],
-    )
+    sizes = given.input_bytes, report["write_bytes"]
+    return Row.of((shape, way, "streammerge", "cold"), [usage], sizes, [report])
 
 
 def figures(rows: Sequence[Row]) -> Table:

@@ -124,21 +124,11 @@ class Bench:
         options = ("--ram", self.ram, "--json", "--overwrite", "--no-resume")
         usages = [measure.run(recipes.command("merge", str(recipe), str(out), *options)) for _ in range(self.repeat)]
         reports = [json.loads(usage.output) for usage in usages]
-        last = reports[-1]
-        row = self._row(
-            case.label,
-            "streammerge",
-            usages,
-            reported_seconds=measure.spread([report["seconds"] for report in reports]),
-            predicted_bytes=last["predicted"]["ram_peak_bytes"],
-            budget_bytes=last["ram_budget_bytes"],
-            passes=last["passes"],
-            read_bytes=last["read_bytes"],
-        )
+        row = self._row(case.label, "streammerge", usages, reports)
         found = Score(case.label, self.suite.accuracies(out), row)
         if case.label not in RIVALS.values():
             shutil.rmtree(out)
-        return found, list(last["matrices"])
+        return found, list(reports[-1]["matrices"])
 
     def plain(self, route: str, matrices: Sequence[str], steps: int) -> Score:
         """A plain route on the same matrices, once; with fewer steps than ours its seconds are extrapolated."""
@@ -166,22 +156,12 @@ class Bench:
     def out(self, label: str) -> Path:
         return self.work / "out" / label.replace(" ", "_")
 
-    def _row(self, label: str, who: str, usages: Sequence[measure.Usage], **more: Any) -> Row:
+    def _row(
+        self, label: str, who: str, usages: Sequence[measure.Usage], reports: Sequence[Any] = (), **more: Any
+    ) -> Row:
         size = (self.suite.base / "model.safetensors").stat().st_size
-        return Row(
-            "minilm",
-            label,
-            who,
-            "warm",
-            measure.spread([usage.wall_seconds for usage in usages]),
-            measure.spread([usage.cpu_seconds for usage in usages]),
-            max(usage.demand_bytes for usage in usages),
-            max(usage.resident_bytes for usage in usages),
-            max(usage.disk_read_bytes for usage in usages),
-            size * (1 + len(self.suite.experts)),
-            size,
-            **more,
-        )
+        sizes = size * (1 + len(self.suite.experts)), size
+        return Row.of(("minilm", label, who, "warm"), usages, sizes, reports, **more)
 
     def _distances(self, ours: Path, theirs: Path, matrices: Sequence[str]) -> dict[str, float]:
         """Per matrix |ours - plain| / |plain task vector|, the largest last."""

@@ -49,32 +49,8 @@ class Runs:
     floors: list[floor.Floor] = field(default_factory=list)
 
     def row(self, shape: str, method: str, who: str, state: str, sizes: tuple[int, int]) -> Row:
-        usages, reports = self.usages, self.reports
-        plain = Row(
-            shape,
-            method,
-            who,
-            state,
-            measure.spread([u.wall_seconds for u in usages]),
-            measure.spread([u.cpu_seconds for u in usages]),
-            max(u.demand_bytes for u in usages),
-            max(u.resident_bytes for u in usages),
-            max(u.disk_read_bytes for u in usages),
-            *sizes,
-        )
-        if not reports:
-            return plain
-        return Row(
-            **{
-                **asdict(plain),
-                "reported_seconds": measure.spread([r["seconds"] for r in reports]),
-                "predicted_bytes": reports[-1]["predicted"]["ram_peak_bytes"],
-                "budget_bytes": reports[-1]["ram_budget_bytes"],
-                "passes": reports[-1]["passes"],
-                "read_bytes": reports[-1]["read_bytes"],
-                **self._floors(),
-            }
-        )
+        floors = self._floors() if self.reports else {}
+        return Row.of((shape, method, who, state), self.usages, sizes, self.reports, **floors)
 
     def _floors(self) -> dict[str, dict[str, float]]:
         """Each cold run against the floors before and after it."""

@@ -90,24 +90,8 @@ def measured(job: Job, work: Path) -> dict[str, Any]:
     usage, report = job.run(out)
     shutil.rmtree(out)
     total = report["gradfix"]["total"]
-    row = Row(
-        job.shape.name,
-        "gradfix",
-        "streammerge",
-        "cold",
-        measure.spread([usage.wall_seconds]),
-        measure.spread([usage.cpu_seconds]),
-        usage.demand_bytes,
-        usage.resident_bytes,
-        usage.disk_read_bytes,
-        sum(path.stat().st_size for path in job.files),
-        report["write_bytes"],
-        reported_seconds=measure.spread([report["seconds"]]),
-        predicted_bytes=report["predicted"]["ram_peak_bytes"],
-        budget_bytes=report["ram_budget_bytes"],
-        passes=report["passes"],
-        read_bytes=report["read_bytes"],
-    )
+    sizes = sum(path.stat().st_size for path in job.files), report["write_bytes"]
+    row = Row.of((job.shape.name, "gradfix", "streammerge", "cold"), [usage], sizes, [report])
     return {
         "layers": job.shape.layers,
         "row": row,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,3 +159,27 @@ def command(*arguments: Any, before: str = "") -> subprocess.CompletedProcess[st
     child = start(*arguments, before=before)
     out, err = child.communicate(timeout=120)
     return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+
+
+def watched(child: subprocess.Popen[str]) -> tuple[str, str, int]:
+    """Wait for a process; what it printed, its errors, and the most bytes it held, looked at from outside."""
+    held = re.compile(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", re.MULTILINE)
+    peak, status = 0, Path(f"/proc/{child.pid}/status")
+    while child.poll() is None:
+        try:
+            peak = max(peak, sum(map(int, held.findall(status.read_text()))) * 1024)
+        except (FileNotFoundError, ProcessLookupError):
+            break
+        time.sleep(0.003)
+    return *child.communicate(timeout=60), peak
+
+
+class After:
+    """A token that asks a run to stop, at question number `count` whether to."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0

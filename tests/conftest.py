@@ -12,6 +12,15 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
+def one_thread():
+    """Matrices this small are not worth handing to a second thread, nor is the wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def fresh_process(monkeypatch):
     """Plans count what their process holds: here a new one's share, not what the tests before this one left behind."""
     from streammerge.budget import MIB, Resident

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 
     from streammerge.models.stack import Stack
 
-DEFAULTS = {
-    **dict.fromkeys(("ram", "vram", "shard_size")),
-    **{"device": "auto", "threads": 0, "seed": 0, "in_memory": False},
-}
 DEAD_ZONE = (
     "compute: bfloat16 rounds the composed weights to 16 bits: of task vectors of 0.3 % of the weights with a "
     "coefficient of 0.1 about 16 % survives, of 3 % about 93 %; float32 keeps all"
@@ -148,6 +144,6 @@ def atlas(
     parts = [batch_digest(batches), batch_digest(validation), loss_name(loss), str(stack.dtype)]
     trials = trials_of(steps, epoch) if validation else ()
     lessons = Batches(batches, validation, steps, each, loss, trials, " ".join(parts))
-    limits = read_limits(**{**DEFAULTS, **options})
+    limits = read_limits(**options)
     plan = _plan(request, limits, stack, lessons)
     return run(plan, out, resume=resume, overwrite=overwrite, progress=progress, cancel=cancel)

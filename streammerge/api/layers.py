@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
     from streammerge.models.stack import Stack
 
-DEFAULTS = {
-    **dict.fromkeys(("ram", "vram", "shard_size")),
-    **{"device": "auto", "threads": 0, "seed": 0, "in_memory": False},
-}
 WORDS = 1 << 15  # of the vocabulary whose logits are there at a time
 
 
@@ -142,7 +138,7 @@ def gradfix(
         raise RecipeError("alpha is a list; give validation batches to choose one of it")
     parts = [batch_digest(batches), batch_digest(validation), str(counted), loss_name(loss), str(stack.dtype)]
     data = Data(batches, counted, validation, loss, " ".join(parts))
-    limits = read_limits(**{**DEFAULTS, **options})
+    limits = read_limits(**options)
     plan = plan_layers(
         request.recipe, request.resolution, request.checkpoints, limits, stack, data, _save_votes(request)
     )

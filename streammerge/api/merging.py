@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from streammerge.api.planning import RecipeLike, plan
 from streammerge.budget import Budget
@@ -19,7 +20,7 @@ from streammerge.engine.composing_run import Learning
 from streammerge.engine.findings import Findings, Progress
 from streammerge.engine.layer_run import LayerRun, check_votes_path
 from streammerge.engine.report import Watcher, make_report
-from streammerge.engine.run import open_run
+from streammerge.engine.run import Run, open_run
 from streammerge.engine.sinks import FileSink
 from streammerge.engine.sweeping import VOTES, LayerPlan
 from streammerge.errors import CheckpointError, Interrupted, OutputExists, RecipeError
@@ -31,6 +32,8 @@ from streammerge.store.reader import Mode
 from streammerge.store.ring import Closed, Ring
 from streammerge.store.scatter import ScatterWriter
 from streammerge.store.writer import MANIFEST, Writer
+
+W = TypeVar("W", bound=Writer)
 
 
 class Token(Protocol):
@@ -144,21 +147,9 @@ def _merge(made: Plan, target: Path, cancel: Token | None, options: dict[str, An
     """Tiles in the order of the output."""
     budget = Budget(made.ram_budget_bytes, made.held_bytes)
     run = open_run(made, budget, **options)
-    ring = Ring(budget, made.out_bytes, "the ring of results")
-    writer: Writer | None = None
-    try:
-        writer = Writer(target, made.layout.shards, made.unfinished, ring)
-        with _kept(writer, options["strict"], cancel):
-            sink = FileSink(made, writer)
-            for _ in run.results(sink):
-                pass
-            sink.finish()
-    finally:
-        ring.stop()
-        run.close()
-        if writer is not None:
-            writer.close()
-        ring.close()
+    make = functools.partial(Writer, target, made.layout.shards, made.unfinished)
+    with _writing(make, made, budget, run) as writer, _kept(writer, options["strict"], cancel):
+        _write_tiles(run, writer)
     return run.findings, writer
 
 
@@ -168,18 +159,11 @@ def _sweep(
     """Layers from last to first, each written when it is done."""
     check_votes_path(made, target, target.with_name(target.name + ".partial"), overwrite)
     budget = Budget(made.ram_budget_bytes, made.held_bytes)
-    ring = Ring(budget, made.out_bytes, "the ring of results")
-    writer: ScatterWriter | None = None
-    try:
-        writer = ScatterWriter(target, made.shards, made.unfinished, ring, made.members)
+    make = functools.partial(ScatterWriter, target, made.shards, made.unfinished, members=made.members)
+    with _writing(make, made, budget) as writer:
         run = LayerRun(made, writer, budget, **options)
         with _kept(writer, options["strict"], cancel):
             run.work()
-    finally:
-        ring.stop()
-        if writer is not None:
-            writer.close()
-        ring.close()
     (writer.partial / VOTES).unlink(missing_ok=True)
     return run.findings, writer
 
@@ -189,28 +173,13 @@ def _learn(
 ) -> tuple[Findings, Writer, dict[str, bytes]]:
     """Sweeps that learn coefficients, then tiles in the order of the output; and the coefficients as a file."""
     budget = Budget(made.ram_budget_bytes, made.held_bytes)
-    ring = Ring(budget, made.out_bytes, "the ring of results")
+    make = functools.partial(Writer, target, made.layout.shards, made.unfinished)
     told = {name: options[name] for name in ("reader", "progress", "cancelled")}
-    writer: Writer | None = None
-    try:
-        writer = Writer(target, made.layout.shards, made.unfinished, ring)
-        with _kept(writer, options["strict"], cancel):
-            learning = Learning(made, writer.partial, **told)
-            found, figures = learning.work()
-            settled = found.of_plan(made)
-            run = open_run(settled, budget, **options)
-            try:
-                sink = FileSink(settled, writer)
-                for _ in run.results(sink):
-                    pass
-                sink.finish()
-            finally:
-                run.close()
-    finally:
-        ring.stop()
-        if writer is not None:
-            writer.close()
-        ring.close()
+    with _writing(make, made, budget) as writer, _kept(writer, options["strict"], cancel):
+        learning = Learning(made, writer.partial, **told)
+        found, figures = learning.work()
+        with closing(open_run(found.of_plan(made), budget, **options)) as run:
+            _write_tiles(run, writer)
     learning.clean()
     run.findings.read_bytes += learning.findings.read_bytes
     run.findings.vram_peak_bytes = learning.findings.vram_peak_bytes
@@ -226,20 +195,38 @@ def _anchor(
     if made.save is not None:
         check_folder(made.save, target, partial, overwrite, own=partial.exists())
     budget = Budget(made.ram_budget_bytes, made.held_bytes)
-    ring = Ring(budget, made.out_bytes, "the ring of results")
-    writer: ScatterWriter | None = None
-    try:
-        writer = ScatterWriter(target, made.shards, made.unfinished, ring, made.members)
+    make = functools.partial(ScatterWriter, target, made.shards, made.unfinished, members=made.members)
+    with _writing(make, made, budget) as writer:
         run = AnchorRun(made, writer, budget, **options)
         with _kept(writer, options["strict"], cancel):
             run.work()
+    (writer.partial / KEPT).unlink(missing_ok=True)
+    return run.findings, writer
+
+
+def _write_tiles(run: Run, writer: Writer) -> None:
+    """Merge everything that a plan has, each tensor to its place."""
+    sink = FileSink(run.plan, writer)
+    for _ in run.results(sink):
+        pass
+    sink.finish()
+
+
+@contextmanager
+def _writing(make: Callable[[Ring], W], made: Plan, budget: Budget, run: Run | None = None) -> Iterator[W]:
+    """A writer on a ring of results. Both are closed in the end, and a run that was begun before them."""
+    ring = Ring(budget, made.out_bytes, "the ring of results")
+    writer: W | None = None
+    try:
+        writer = make(ring)
+        yield writer
     finally:
-        ring.stop()
+        ring.stop()  # what waits for a place in it goes on, and ends
+        if run is not None:
+            run.close()
         if writer is not None:
             writer.close()
         ring.close()
-    (writer.partial / KEPT).unlink(missing_ok=True)
-    return run.findings, writer
 
 
 @contextmanager

@@ -52,9 +52,9 @@ def plan(
     limits = read_limits(ram, vram, device, threads, shard_size, seed, in_memory)
     request = read_request(recipe)
     if methods.find(request.recipe.merge_method).sees == "layer":
-        from streammerge.api import anchors, composing, layers
+        from streammerge.api import anchors, composing, layers, lessons
 
-        known = {"atlas": composing.plan_request, anchors.METHOD: anchors.plan_request}
+        known = {lessons.METHOD: composing.plan_request, anchors.METHOD: anchors.plan_request}
         return known.get(request.recipe.merge_method, layers.plan_request)(request, limits)
     return make_plan(request.recipe, request.resolution, request.checkpoints, limits)
 
@@ -78,13 +78,13 @@ def read_request(recipe: RecipeLike) -> Request:
 
 
 def read_limits(
-    ram: str | int | None,
-    vram: str | int | None,
-    device: str,
-    threads: int,
-    shard_size: str | int | None,
-    seed: int,
-    in_memory: bool,
+    ram: str | int | None = None,
+    vram: str | int | None = None,
+    device: str = "auto",
+    threads: int = 0,
+    shard_size: str | int | None = None,
+    seed: int = 0,
+    in_memory: bool = False,
 ) -> Limits:
     """What `plan` is told, in numbers."""
     check_numbers(threads, seed)

@@ -112,14 +112,11 @@ class Trying(Hooks):
         values = torch.empty(spec.nbytes, dtype=torch.uint8)
         file = spec.file or self.file
         try:
-            with open(file, "rb", buffering=0) as source:
+            with open(file, "rb") as source:
                 source.seek(spec.begin)
-                view, got = memoryview(values.numpy()), 0
-                while got < spec.nbytes:
-                    step = source.readinto(view[got:])
-                    if not step:
-                        raise CheckpointError(f"{file}: ended at byte {spec.begin + got}; something changed it")
-                    got += step
+                got = source.readinto(memoryview(values.numpy()))
         except OSError as error:
             raise MachineError(f"{file}: the votes cannot be read: {error.strerror}") from error
+        if got < spec.nbytes:
+            raise CheckpointError(f"{file}: ended at byte {spec.begin + got}; something changed it")
         return values if self.place.queue is None else values.to(self.place.queue.device)

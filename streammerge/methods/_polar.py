@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from streammerge.kernels.host.polar_step import POLAR_EXPRESS, QUINTIC
 from streammerge.methods._spectra import BLOCK, DROP, FP32, FP64, columns_of, crew_for, gram, product, wide_gram
 
 if TYPE_CHECKING:
@@ -33,18 +34,6 @@ if TYPE_CHECKING:
 CUTOFF = 1e-5  # of stacked bases' largest singular value: experts that share a direction to so little share it
 ORTHONORMAL = 1e-6
 LIMIT = 12  # steps
-
-# Amsel et al. 2025, arXiv:2505.16932; singular values must start in (0, 1].
-POLAR_EXPRESS = (
-    (8.2051, -22.9019, 16.4607),
-    (4.0664, -2.8612, 0.5184),
-    (3.9096, -2.8234, 0.5250),
-    (3.2856, -2.4153, 0.4853),
-    (2.2779, -1.6198, 0.3985),
-    (1.8726, -1.2307, 0.3585),
-    (1.8564, -1.2132, 0.3568),
-)
-QUINTIC = (1.875, -1.25, 0.375)
 
 
 class Polar(NamedTuple):

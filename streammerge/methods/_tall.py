@@ -141,6 +141,9 @@ class Tall(TensorMethod):
     def solver_name(self, shape: tuple[int, ...], experts: int) -> str:
         return f"{self.of.solver_name(shape, experts)} by rows"
 
+    def fills_cores(self, shape: tuple[int, ...]) -> bool:
+        return True  # a crew shares every product
+
     def rounds(self, experts: int) -> int:
         return sum(self.of.row_rounds(experts)) + bool(self.of.norm_guard)
 

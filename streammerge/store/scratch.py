@@ -172,15 +172,11 @@ class Scratch:
 
         assert entry.path is not None
         tensor = torch.empty(entry.size, dtype=torch.uint8)
-        view = memoryview(tensor.numpy())
         try:
-            with open(entry.path, "rb", buffering=0) as file:
-                got = 0
-                while got < entry.size:
-                    step = file.readinto(view[got:])
-                    if not step:
-                        raise MachineError(f"{entry.path}: ended at byte {got} of {entry.size}; something changed it")
-                    got += step
+            with open(entry.path, "rb") as file:
+                got = file.readinto(memoryview(tensor.numpy()))
         except OSError as error:
             raise MachineError(f"{entry.path}: cannot be read back: {error.strerror}") from error
+        if got < entry.size:
+            raise MachineError(f"{entry.path}: ended at byte {got} of {entry.size}; something changed it")
         return tensor.view(entry.kept).view(entry.shape)

@@ -3,17 +3,6 @@
 import pytest
 
 
-@pytest.fixture
-def one_thread():
-    """Matrices this small are not worth handing to a second thread, nor is the wait for it."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session", params=[False, True], ids=["untied", "tied"])
 def world(request, tmp_path_factory):
     from transport import made

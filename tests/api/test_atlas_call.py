@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 
 import torch
 from composed import factor
+from network import Encoder, own_loss
 from transport import RAM, tensors
 
 import streammerge as sm
@@ -16,37 +17,6 @@ from streammerge.errors import RecipeError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERTS = ("one", "two")
-
-
-class Block(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = torch.nn.Linear(8, 8)
-
-    def forward(self, hidden):
-        return hidden + torch.tanh(self.inner(hidden))
-
-
-class Encoder(torch.nn.Module):
-    """Names its layers; a classifier on top."""
-
-    stages = "blocks"
-
-    def __init__(self):
-        super().__init__()
-        self.enter = torch.nn.Linear(6, 8)
-        self.blocks = torch.nn.ModuleList([Block(), Block()])
-        self.leave = torch.nn.Linear(8, 3)
-
-    def forward(self, values):
-        hidden = self.enter(values)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.leave(hidden)
-
-
-def own_loss(output, batch):
-    return torch.nn.functional.cross_entropy(output, batch["label"])
 
 
 @pytest.fixture
@@ -67,11 +37,11 @@ def world(tmp_path):
     return models, [{"values": torch.randn(4, 6, generator=random), "label": row} for row in labels]
 
 
-def call(tmp_path, batches, out="out", **more):
+def call(tmp_path, batches, out="out", loss=own_loss, **more):
     shapes = {each["name"]: each["shape"] for each in sm.inspect(tmp_path / "base")["entries"]}
     stack = sm.Stack.of(Encoder, shapes, batches[0])
     given = {"base_model": tmp_path / "base", "models": [tmp_path / name for name in EXPERTS], "out": tmp_path / out}
-    return sm.atlas(stack, batches, own_loss, **{**given, "ram": RAM, "device": "cpu", **more})
+    return sm.atlas(stack, batches, loss, **{**given, "ram": RAM, "device": "cpu", **more})
 
 
 def plain(models, steps, count):
@@ -140,3 +110,14 @@ def test_what_a_call_may_not_say(world, tmp_path):
         call(tmp_path, world[1], parameters={"objective": "entropy"})
     with pytest.raises(RecipeError, match="batches: give one at least"):
         sm.atlas(None, [], own_loss, base_model="a", models=["b"], out="c")
+
+
+def test_a_loss_that_is_no_number_ends_it(world, tmp_path):
+    def broken(output, batch):
+        return own_loss(output, batch) / (batch["label"] is not world[1][1]["label"])
+
+    with pytest.raises(
+        RecipeError, match="step 1: the loss of batch 2 is inf; give a smaller lr, or check the samples"
+    ):
+        call(tmp_path, world[1], loss=broken, parameters={"steps": 2})
+    assert not (tmp_path / "out").exists()

@@ -1,10 +1,6 @@
 """aTLAS interrupted, killed and held to its budget: the same bytes, and no more memory than promised."""
 
-import contextlib
 import json
-import re
-import time
-from pathlib import Path
 
 import build
 import pytest
@@ -32,17 +28,6 @@ def world(request, tmp_path_factory):
     return made(tmp_path_factory.mktemp("world"), tie_word_embeddings=request.param)
 
 
-class After:
-    """Asks to stop at question number `count`."""
-
-    def __init__(self, count):
-        self.left = count
-
-    def is_set(self):
-        self.left -= 1
-        return self.left < 0
-
-
 @pytest.mark.parametrize("kind", ["plain", "chosen", "tried"])
 def test_an_interrupted_run_ends_in_the_same_bytes(world, tmp_path, kind):
     data = {name: str(world.folder / f"{name}.jsonl") for name in ("train", "validation")}
@@ -55,7 +40,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(world, tmp_path, kind):
     stops, seen = 0, set()
     for count in (4, 11, 12, 14, 25, 60):
         try:
-            report = merge(world, tmp_path / "out", {"cancel": After(count)}, **changes)
+            report = merge(world, tmp_path / "out", {"cancel": build.After(count)}, **changes)
             break
         except Interrupted:
             stops += 1
@@ -103,7 +88,7 @@ def test_killed_between_two_steps(world, tmp_path):
 
 def test_other_samples_do_not_go_on_with_the_work(world, tmp_path):
     with pytest.raises(Interrupted):
-        merge(world, tmp_path / "out", {"cancel": After(12)})
+        merge(world, tmp_path / "out", {"cancel": build.After(12)})
     with pytest.raises(OutputExists, match="unfinished work of another recipe"):
         merge(world, tmp_path / "out", data={"train": str(world.folder / "second.jsonl")})
     with pytest.raises(OutputExists, match="unfinished work of another recipe"):
@@ -141,13 +126,7 @@ def test_the_budget_holds_in_a_process_of_its_own(larger, tmp_path, more, clip):
     tight = build.command("plan", path, "--ram", "1MiB", "--device", "cpu", "--json")
     allowed = json.loads(tight.stdout)["error"]["least_bytes"] + more * MIB
     child = build.start("merge", path, tmp_path / "out", "--ram", allowed, "--device", "cpu", "--json")
-    peak, status = 0, Path(f"/proc/{child.pid}/status")
-    while child.poll() is None:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            held = re.findall(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", status.read_text(), re.MULTILINE)
-            peak = max(peak, 1024 * sum(map(int, held)))
-        time.sleep(0.003)
-    out, err = child.communicate()
+    out, err, peak = build.watched(child)
     assert child.returncode == 0, err
     report = json.loads(out)
     predicted, stages = report["predicted"]["ram_peak_bytes"], report["predicted"]["learn"]["stages"]

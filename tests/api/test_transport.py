@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from network import Encoder, own_loss
 from transport import (
     ALPHAS,
     MOST,
@@ -283,37 +284,6 @@ def test_plan_and_merge_print_what_is_swept(untied, tmp_path):
 
 
 # --- any network, any loss ---
-
-
-class Block(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = torch.nn.Linear(8, 8)
-
-    def forward(self, hidden):
-        return hidden + torch.tanh(self.inner(hidden))
-
-
-class Encoder(torch.nn.Module):
-    """Names its layers; a classifier on top."""
-
-    stages = "blocks"
-
-    def __init__(self):
-        super().__init__()
-        self.enter = torch.nn.Linear(6, 8)
-        self.blocks = torch.nn.ModuleList([Block(), Block()])
-        self.leave = torch.nn.Linear(8, 3)
-
-    def forward(self, values):
-        hidden = self.enter(values)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.leave(hidden)
-
-
-def own_loss(output, batch):
-    return torch.nn.functional.cross_entropy(output, batch["label"])
 
 
 @pytest.mark.parametrize("parameters", [{}, {"alpha": [0.2, 0.6]}])

@@ -1,11 +1,7 @@
 """GradFix interrupted, killed and held to its budget: the same bytes, and no more memory than promised."""
 
-import contextlib
 import json
-import re
 import shutil
-import time
-from pathlib import Path
 
 import build
 import pytest
@@ -33,17 +29,6 @@ pytestmark = [
 ]
 
 
-class After:
-    """Asks to stop at question number `count`."""
-
-    def __init__(self, count):
-        self.left = count
-
-    def is_set(self):
-        self.left -= 1
-        return self.left < 0
-
-
 @pytest.mark.parametrize("several", [False, True], ids=["one alpha", "alphas"])
 def test_an_interrupted_run_ends_in_the_same_bytes(world, tmp_path, alphas, several):
     changes = alphas if several else {}
@@ -52,7 +37,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(world, tmp_path, alphas, seve
     stops, sealed = 0, set()
     for count in (3, 5, 7, 9, 13, 40):
         try:
-            report = merge(world, tmp_path / "out", {"cancel": After(count)}, **changes)
+            report = merge(world, tmp_path / "out", {"cancel": build.After(count)}, **changes)
             break
         except Interrupted:
             stops += 1
@@ -146,13 +131,7 @@ def test_the_budget_holds_in_a_process_of_its_own(tmp_path, several):
     tight = build.command("plan", path, "--ram", "1MiB", "--device", "cpu", "--json")
     least = json.loads(tight.stdout)["error"]["least_bytes"]
     child = build.start("merge", path, tmp_path / "out", "--ram", least, "--device", "cpu", "--json")
-    peak, status = 0, Path(f"/proc/{child.pid}/status")
-    while child.poll() is None:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            held = re.findall(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", status.read_text(), re.MULTILINE)
-            peak = max(peak, 1024 * sum(map(int, held)))
-        time.sleep(0.003)
-    out, err = child.communicate()
+    out, err, peak = build.watched(child)
     assert child.returncode == 0, err
     report = json.loads(out)
     predicted = report["predicted"]["ram_peak_bytes"]

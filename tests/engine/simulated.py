@@ -16,6 +16,8 @@ import torch
 from streammerge.engine import device
 from streammerge.engine.device import Streams
 
+REAL = torch.cuda.is_available()
+
 
 class World:
     def __init__(self, seed: int) -> None:

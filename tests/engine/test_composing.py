@@ -24,14 +24,6 @@ SMOOTH = pytest.mark.parametrize("models", ["bert-mlm"], indirect=True)  # Llama
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=["llama", "llama-tied", "bert-mlm"])
 def models(request, tmp_path_factory):
     """A base and experts near it; their folders, and their tensors in fp64."""
@@ -127,11 +119,13 @@ class World:
         return learner, losses, reads
 
 
-def whole(world, table):
-    """The loss and dL/dc of plain autograd through the whole composed model, fp64."""
+def composed(world, leaves, watched=None):
+    """The loss on all batches of the whole model with coefficients [experts, groups] by tensor, fp64, as a graph.
+
+    `watched` are forward hooks of modules.
+    """
     model = tiny.whole(world.paths[0], world.name, attention=tiny.attention(world.name)).double()
     files = [loaded(path) for path in world.paths]
-    leaves = {name: torch.tensor(rows, requires_grad=True) for name, rows in table.items()}
     values = {}
     for name, leaf in leaves.items():
         base = files[0][name].double()
@@ -140,10 +134,17 @@ def whole(world, table):
             split = Partition(0, zlib.crc32(name.encode()))
             groups = reference.partition(0, base.numel(), world.groups, split, "cpu").view(base.shape).long()
         values[name] = base + sum(leaf[k][groups] * (files[k + 1][name].double() - base) for k in range(EXPERTS))
-    total = 0
-    for batch in world.batches:
-        output = torch.func.functional_call(model, values, (), tiny.inputs(batch))
-        total = total + world.loss(output, batch)
+    model.requires_grad_(False)
+    for module, hook in (watched or {}).items():
+        model.get_submodule(module).register_forward_hook(hook)
+    outputs = [torch.func.functional_call(model, values, (), tiny.inputs(batch)) for batch in world.batches]
+    return sum(world.loss(output, batch) for output, batch in zip(outputs, world.batches, strict=True))
+
+
+def whole(world, table):
+    """The loss and dL/dc of plain autograd through the whole composed model, fp64."""
+    leaves = {name: torch.tensor(rows, requires_grad=True) for name, rows in table.items()}
+    total = composed(world, leaves)
     total.backward()
     return float(total.detach()), {name: leaf.grad.numpy() for name, leaf in leaves.items()}
 
@@ -184,19 +185,34 @@ def test_gradients_are_finite_differences(models, tmp_path):
         assert learner.found[name][expert, 0] == pytest.approx((around[0] - around[1]) / 2e-5, abs=1e-9)
 
 
-@SMOOTH
 def test_the_gradient_of_a_shared_coefficient_is_the_sum(models, tmp_path):
-    """One coefficient for each expert: what all its tensors' gradients add up to."""
+    """One coefficient for each expert in all tensors: its gradient is what theirs add up to."""
     world = World(models, tmp_path)
-    world.table = {name: np.full((EXPERTS, 1), [[0.3], [0.1], [0.2]]) for name in world.table}
+    one = next(iter(world.table.values()))
+    world.table = dict.fromkeys(world.table, one)
     learner, _, _ = world.sweeps()
-    found = sum(learner.found.values())
-    around = []
-    for step in (1e-5, -1e-5):
-        around.append(
-            whole(world, {name: rows + np.array([[step], [0], [0]]) for name, rows in world.table.items()})[0]
-        )
-    assert found[0, 0] == pytest.approx((around[0] - around[1]) / 2e-5, rel=1e-6)
+    shared = torch.tensor(one, requires_grad=True)
+    loss = composed(world, dict.fromkeys(world.table, shared))
+    (wanted,) = torch.autograd.grad(loss, shared)
+    np.testing.assert_allclose(sum(learner.found.values()), wanted.numpy(), rtol=1e-12)
+
+
+def test_groups_with_equal_coefficients_change_nothing(models, tmp_path):
+    """The same loss, and what a coefficient's gradient was is what those of its groups add up to."""
+    one, four = World(models, tmp_path), World(models, tmp_path, groups=4)
+    four.table = {name: np.repeat(rows, 4, axis=1) for name, rows in one.table.items()}
+    (whole, losses, _), (parts, again, _) = one.sweeps(), four.sweeps()
+    assert again == losses
+    assert all(rows.shape == (EXPERTS, 4) for rows in parts.found.values())
+    assert worst({name: rows.sum(1, keepdims=True) for name, rows in parts.found.items()}, whole.found) < 1e-15
+
+
+def test_micro_batches_change_nothing(models, tmp_path):
+    """Losses are divided by the tokens of all batches, so where a step is cut is rounding alone."""
+    found = [World(models, tmp_path, count=count).sweeps() for count in (1, 2, 5)]
+    for learner, losses, _ in found[1:]:
+        assert losses == pytest.approx(found[0][1], rel=1e-14)
+        assert worst(learner.found, found[0][0].found) < 1e-14
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -217,6 +233,54 @@ def test_layers_that_stay_need_not_run_again(models, tmp_path):
         learner, losses, _ = world.sweeps(3, **limits)
         found.append((losses, {name: rows.tolist() for name, rows in learner.coefficients.items()}))
     assert found[0] == found[1] == found[2]
+
+
+@SMOOTH
+def test_task_vectors_of_low_rank_by_other_roads(models, tmp_path):
+    """Y = X (W + c U V^T)^T: dL/dc is <dL/dW, U V^T>, the sum over tokens of <dY U, X V>, or, sample by sample, that of
+    <dY, X V U^T>. Task vectors are whole multiples of 2^-8, the base's weights of 2^-16: no file rounds them.
+    """
+    random, rank, factors, name = torch.Generator().manual_seed(5), 2, [], models[0]
+    folder = tiny.save(tmp_path / "0", name)
+    model = tiny.whole(folder, name)
+    linear = [each for each, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layer" in each]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter * 2**16).round() / 2**16)
+    model.save_pretrained(folder)
+    for number in range(1, EXPERTS + 1):
+        expert, own = tiny.whole(folder, name), {}
+        with torch.no_grad():
+            for each in linear:
+                weight = expert.get_submodule(each).weight
+                u, v = (torch.randint(-2, 3, (size, rank), generator=random) for size in weight.shape)
+                weight += u.float() @ v.float().T / 2**8
+                own[each] = u.double(), v.double() / 2**8
+        expert.save_pretrained(tmp_path / str(number))
+        factors.append(own)
+    world = World((name, [tmp_path / str(number) for number in range(EXPERTS + 1)]), tmp_path, count=2)
+    learner, _, _ = world.sweeps()
+    leaves = {each: torch.tensor(rows) for each, rows in world.table.items()}
+    seen, kept = {each: [] for each in linear}, []
+
+    def watch(module, inputs, output, each):
+        output.requires_grad_().retain_grad()
+        kept.append((each, inputs[0].detach(), output))
+
+    loss = composed(world, leaves, {each: lambda *given, each=each: watch(*given, each) for each in linear})
+    loss.backward()
+    for each, x, y in kept:
+        seen[each].append((x, y.grad))
+    for each in linear:
+        found = learner.found[f"{each}.weight"][:, 0]
+        for expert, own in enumerate(factors):
+            u, v = own[each]
+            by_tokens = sum(float(((dy @ u) * (x @ v)).sum()) for x, dy in seen[each])
+            by_samples = torch.cat([(dy * (x @ v @ u.T)).sum((1, 2)) for x, dy in seen[each]])
+            assert len(by_samples) == 5
+            close = 1e-12 * float(np.abs(found).max())
+            assert by_tokens == pytest.approx(found[expert], abs=close), each
+            assert float(by_samples.sum()) == pytest.approx(found[expert], abs=close), each
 
 
 def test_four_steps_are_those_of_torch(models, tmp_path):

@@ -1,12 +1,9 @@
 """The budget of FDA from outside: what a child process holds, against what its plan promised."""
 
 import json
-import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import build
 import pytest
 
 pytest.importorskip("transformers")
@@ -15,7 +12,6 @@ import torch
 import transformers
 
 MIB = 1 << 20
-STATUS = re.compile(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", re.MULTILINE)
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc"),
     pytest.mark.filterwarnings("ignore"),
@@ -40,17 +36,8 @@ def folder(tmp_path_factory):
 
 def run(*arguments):
     """A merge by the command line: its report, and the most it held, looked at from outside."""
-    argv = [sys.executable, "-m", "streammerge", "merge", *map(str, arguments), "--json", "--device", "cpu"]
-    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak = 0
-    status = Path(f"/proc/{child.pid}/status")
-    while child.poll() is None:
-        try:
-            peak = max(peak, sum(map(int, STATUS.findall(status.read_text()))) * 1024)
-        except (FileNotFoundError, ProcessLookupError):
-            break
-        time.sleep(0.003)
-    out, err = child.communicate(timeout=60)
+    child = build.start("merge", *arguments, "--json", "--device", "cpu")
+    out, err, peak = build.watched(child)
     return child.returncode, json.loads(out.splitlines()[-1]) if child.returncode == 0 else err, peak
 
 
@@ -61,6 +48,8 @@ def run(*arguments):
         ({"unit": "mlp", "alphas": "experts"}, "task_arithmetic"),
         pytest.param({"unit": "mlp", "adapt": "closed_form"}, "tsvm", marks=pytest.mark.slow),
         pytest.param({"unit": "block", "tokens": 4, "rows": 128}, "base", marks=pytest.mark.slow),
+        pytest.param({"unit": "mlp", "early_stop": "real.jsonl"}, "base", marks=pytest.mark.slow),
+        pytest.param({"unit": "block", "tokens": 4, "early_stop": "real.jsonl"}, "tsvm", marks=pytest.mark.slow),
     ],
 )
 def test_a_child_process_stays_below_its_prediction(folder, tmp_path, parameters, start):
@@ -71,6 +60,8 @@ def test_a_child_process_stays_below_its_prediction(folder, tmp_path, parameters
     recipe["start"] = start if start == "base" else {"merge_method": start}
     path = tmp_path / "fda.yml"
     path.write_text(json.dumps(recipe))
+    rows = [{"input_ids": [3] * (500 + number % 4)} for number in range(6)]  # with them units run on many more tokens
+    (tmp_path / "real.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, found, _ = run(path, tmp_path / "refused", "--ram", "128MiB")
     assert code == 3
     assert "give --ram" in found

@@ -9,7 +9,7 @@ import build
 import numpy as np
 import pytest
 import torch
-from engine import simulated
+from engine.simulated import REAL
 
 import streammerge as sm
 from streammerge.errors import BudgetTooSmall, CheckpointError, Interrupted, RecipeError
@@ -30,13 +30,6 @@ METHODS = {
     "dare_linear": {"weight": [0.5, 0.8], "density": 0.4, "rescale": False},
     "della": {"weight": [0.5, 0.8], "density": 0.4},
 }
-REAL = torch.cuda.is_available()
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A function that makes `--device cuda` a simulated GPU, unless there is a real one."""
-    return lambda seed=0, **more: None if REAL else simulated.install(monkeypatch, seed, **more)
 
 
 @pytest.fixture(scope="module")

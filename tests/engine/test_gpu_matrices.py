@@ -9,7 +9,7 @@ import build
 import numpy as np
 import pytest
 import torch
-from engine import simulated
+from engine.simulated import REAL
 from safetensors.numpy import load_file
 
 import streammerge as sm
@@ -23,7 +23,6 @@ from streammerge.planner import cutting
 from streammerge.planner import device as placing
 from streammerge.planner import plan as planning
 
-REAL = torch.cuda.is_available()
 NAMES = ("layer.0.weight", "layer.1.weight")
 METHODS = {
     "tsvm": {},
@@ -42,12 +41,6 @@ METHODS = {
 BOUND = 3e-5
 PRECISIONS = {"tf32x3": 2e-5, "bf16x3": 3e-4}  # of Newton-Schulz: 6 steps, each 1.2e-6 and 5e-5 at most, may add up
 pytestmark = pytest.mark.usefixtures("fresh_process")
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A function that makes `--device cuda` a simulated GPU, unless there is a real one."""
-    return lambda seed=0, **more: None if REAL else simulated.install(monkeypatch, seed, **more)
 
 
 @pytest.fixture(scope="module")

@@ -1,82 +1,18 @@
 """The layer sweep against the ordinary backward pass of the whole model: the same bits, for many architectures."""
 
-import threading
-from dataclasses import replace
-
 import pytest
 import torch
+from engine.sweeps import GIB, Collect, same, sweep
 from models import tiny
 from torch import nn
 
 from streammerge.engine.layers import Sweep
-from streammerge.engine.layers_hooks import Hooks
 from streammerge.engine.layers_loss import CrossEntropy
-from streammerge.engine.layers_plan import Limits, plan_layers, plan_sweep
-from streammerge.errors import BudgetTooSmall, Interrupted
+from streammerge.engine.layers_plan import Limits, plan_sweep
 from streammerge.models.stack import Stack
 from streammerge.store.checkpoint import Checkpoint
 
-GIB = 1 << 30
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are not worth handing to a second thread, nor is the wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Collect(Hooks):
-    """Keeps what it is shown."""
-
-    def __init__(self, gradients="sum"):
-        self.gradients = gradients
-        self.found = {}
-        self.emitted = []
-        self.losses = []
-
-    def learn(self, stage, name, gradient, batch):
-        key = name if batch is None else (name, batch)
-        assert key not in self.found
-        self.found[key] = gradient.clone()
-
-    def emit(self, loaded):
-        self.emitted.append(loaded.stage.name)
-
-    def step(self, losses):
-        self.losses.append(list(losses))
-
-
-def plan_for(folder, batches, hooks, *, loss=tiny.loss, attention="eager", dtype=torch.float32, others=(), **limits):
-    stack = tiny.stack(folder, batches[0], dtype, attention)
-    checkpoints = [Checkpoint.open(path) for path in (folder, *others)]
-    return plan_sweep(stack, checkpoints, batches, loss, hooks, Limits(**{"ram": 8 * GIB, **limits}))
-
-
-def sweep(folder, batches, hooks, *, done=(), **settings):
-    """One sweep in debug mode; losses and plan."""
-    plan = plan_for(folder, batches, hooks, **settings)
-    with Sweep(plan, poison=True) as running:
-        losses = running.run(batches, done)
-        assert len(running.scratch) == 0
-        assert running.bytes_read == plan.read_bytes
-    return losses, plan
-
-
-def same(found, wanted):
-    assert set(found) == set(wanted)
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
-
-
-@pytest.fixture
-def llama(tmp_path):
-    """A tied Llama of three layers, three batches, and what autograd says."""
-    folder = tiny.save(tmp_path / "model", "llama-tied")
-    batches = tiny.batches("llama-tied")
-    return folder, batches, *tiny.expected(tiny.whole(folder, "llama-tied"), batches)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of transformers 4, for DeBERTa
@@ -179,177 +115,6 @@ def test_a_bfloat16_checkpoint_computed_in_float32(tmp_path):
     same(hooks.found, gradients)
 
 
-def test_two_reads_of_a_weight_whatever_the_number_of_batches(tmp_path):
-    folder = tiny.save(tmp_path, "llama")
-    specs = Checkpoint.open(folder).tensors
-    head = sum(spec.nbytes for name, spec in specs.items() if name in ("lm_head.weight", "model.norm.weight"))
-    last = sum(spec.nbytes for name, spec in specs.items() if name.startswith("model.layers.2."))
-    for sizes in ((1,), (1,) * 7):
-        _, plan = sweep(folder, tiny.batches("llama", sizes), Collect())
-        assert plan.passes == 2
-        assert plan.read_bytes == 2 * sum(spec.nbytes for spec in specs.values()) - head - last  # both are turned in
-
-
-def test_what_is_kept_goes_to_files_where_memory_ends(llama, tmp_path):
-    folder, batches, losses, gradients = llama
-    spill = tmp_path / "spill"
-    spill.mkdir()
-    hooks = Collect()
-    plan = replace(plan_for(folder, batches, hooks), scratch_host_bytes=6000)
-    with Sweep(plan, folder=spill, poison=True) as running:
-        assert running.run(batches) == losses
-        assert 0 < running.scratch.peak["host"] <= 6000
-        assert running.scratch.peak["host"] + running.scratch.peak["disk"] <= plan.scratch_bytes
-        assert running.scratch.peak["disk"] > 0
-    same(hooks.found, gradients)
-    assert not list(spill.iterdir())
-
-
-def test_hidden_states_kept_in_bfloat16(llama):
-    folder, batches, _, gradients = llama
-    hooks = Collect()
-    _, plan = sweep(folder, batches, hooks, scratch=torch.bfloat16)
-    exact = plan_for(folder, batches, Collect())
-    assert 2 * plan.scratch_bytes == exact.scratch_bytes
-    for name, value in gradients.items():
-        assert (hooks.found[name] - value).norm() < 0.05 * value.norm(), name
-    assert any(not torch.equal(hooks.found[name], value) for name, value in gradients.items())
-
-
-def test_finished_stages_are_computed_through(llama):
-    folder, batches, losses, gradients = llama
-    done = ["head", "model.layers.2", "model.layers.1"]
-    hooks = Collect()
-    assert sweep(folder, batches, hooks, done=done)[0] == losses
-    first = {name: value for name, value in gradients.items() if ".0." in name or "embed" in name}
-    same(hooks.found, first)
-    assert hooks.emitted == ["model.layers.0", "embedding"]
-
-
-def test_a_finished_embedding(llama):
-    folder, batches, losses, gradients = llama
-    hooks = Collect()
-    assert sweep(folder, batches, hooks, done=["embedding"])[0] == losses
-    same(hooks.found, {name: value for name, value in gradients.items() if "embed" not in name})
-
-
-class Apart(Collect):
-    """Runs the model at weights that are composed of two other checkpoints."""
-
-    def reads(self, stage, backward):
-        return (2, 1)
-
-    def composes(self, stage):
-        return True
-
-    def weights(self, loaded, backward):
-        assert set(loaded.raw[1]) == set(loaded.raw[2]) == set(loaded.fresh)
-        for name in loaded.fresh:
-            loaded.weights[name].copy_(loaded.raw[1][name] - 0.5 * loaded.raw[2][name].float())
-
-
-@pytest.mark.parametrize("name", ["llama-tied", "llama", "mixtral"])
-def test_composed_weights(tmp_path, name):
-    folder = tiny.save(tmp_path / "model", name)
-    one = tiny.save(tmp_path / "one", name, seed=1)
-    two = tiny.save(tmp_path / "two", name, torch.bfloat16, seed=2)
-    batches, hooks = tiny.batches(name), Apart()
-    model, other = tiny.whole(one, name), tiny.whole(two, name)
-    with torch.no_grad():
-        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            mine -= 0.5 * theirs
-    losses, gradients = tiny.expected(model, batches)
-    got, plan = sweep(folder, batches, hooks, others=(one, two))
-    assert got == losses
-    same(hooks.found, gradients)
-    assert not any(read.spec.file.startswith(f"{folder}/") for v in plan.visits for u in v.units for read in u.reads)
-
-
-class Beside(Collect):
-    """Looks at another checkpoint's tensors during the backward pass."""
-
-    def __init__(self):
-        super().__init__("each")
-        self.raw = {}
-
-    def reads(self, stage, backward):
-        return (1,) if backward else ()
-
-    def emit(self, loaded):
-        assert set(loaded.raw[1]) == set(loaded.stage.tensors)
-        self.raw |= {name: tensor.clone() for name, tensor in loaded.raw[1].items()}
-
-
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3-moe"])
-def test_other_checkpoints_are_shown_as_they_are_stored(tmp_path, name):
-    from safetensors.torch import load_file
-
-    folder = tiny.save(tmp_path / "model", name)
-    other = tiny.save(tmp_path / "other", name, torch.bfloat16, seed=1)
-    hooks = Beside()
-    _, plan = sweep(folder, tiny.batches(name), hooks, others=(other,))
-    same(hooks.raw, load_file(other / "model.safetensors"))
-    read = [r.spec for v in plan.visits for u in v.units if u.source == 1 for r in u.reads]
-    assert len(read) == len(hooks.raw)
-
-
-class Panels(Collect):
-    """Puts gradients of linear layers together from what went in and what came back."""
-
-    panels = True
-
-    def __init__(self):
-        super().__init__("each")
-        self.addresses = {}
-
-    def panel(self, stage, name, inputs, outputs, batch):
-        assert inputs.dim() == outputs.dim() == 2
-        self.found[name, batch] = outputs.T @ inputs
-        self.addresses.setdefault((stage.index, batch), {})[name.split(".")[-2]] = inputs.data_ptr()
-
-
-def test_panels_make_the_gradients_of_linear_layers(llama):
-    folder, batches, _, _ = llama
-    plain, panels = Collect("each"), Panels()
-    sweep(folder, batches, plain)
-    sweep(folder, batches, panels)
-    assert set(panels.found) == set(plain.found)
-    for name, value in plain.found.items():
-        torch.testing.assert_close(panels.found[name], value, rtol=1e-4, atol=1e-6)
-    for seen in panels.addresses.values():
-        assert seen["q_proj"] == seen["k_proj"] == seen["v_proj"] != seen["o_proj"]
-        assert seen["gate_proj"] == seen["up_proj"] != seen["down_proj"]
-
-
-class Look(Hooks):
-    """Copies every layer that comes by."""
-
-    def __init__(self):
-        self.weights_seen = {}
-        self.raw_seen = {}
-
-    def reads(self, stage, backward):
-        return (1,)
-
-    def emit(self, loaded):
-        self.weights_seen |= {name: tensor.clone() for name, tensor in loaded.weights.items()}
-        self.raw_seen |= {name: tensor.clone() for name, tensor in loaded.raw[1].items()}
-
-
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_layers_one_by_one(tmp_path, name):
-    from safetensors.torch import load_file
-
-    folder, other = tiny.save(tmp_path / "a", name), tiny.save(tmp_path / "b", name, seed=1)
-    hooks = Look()
-    plan = plan_layers(tiny.stack(folder, None), [Checkpoint.open(folder), Checkpoint.open(other)], hooks)
-    with Sweep(plan, poison=True) as running:
-        running.layers()
-        assert running.bytes_read == plan.read_bytes
-    for seen, path in ((hooks.weights_seen, folder), (hooks.raw_seen, other)):
-        same(seen, {n: t for n, t in load_file(path / "model.safetensors").items() if ".layers." in n})
-
-
 def test_without_gradients_only_losses(llama):
     folder, batches, _, _ = llama
     model, hooks = tiny.whole(folder, "llama-tied"), Collect("none")
@@ -358,17 +123,6 @@ def test_without_gradients_only_losses(llama):
         assert losses == [tiny.loss(model(**tiny.inputs(batch)), batch).item() for batch in batches]
     assert hooks.found == {}
     assert plan.passes == 1
-
-
-def test_several_sweeps_of_one_plan(llama):
-    folder, batches, losses, gradients = llama
-    hooks = Collect()
-    plan = plan_for(folder, batches, hooks)
-    with Sweep(plan, poison=True) as running:
-        for part in (batches, batches[1:], batches):
-            hooks.found = {}
-            assert running.run(part) == losses[len(batches) - len(part) :]
-        same(hooks.found, gradients)
 
 
 @pytest.mark.parametrize(
@@ -446,52 +200,3 @@ def test_any_module_that_names_its_layers(tmp_path, group):
     with Sweep(plan, poison=True) as running:
         assert running.run(batches) == losses
     same(hooks.found, gradients)
-
-
-def test_an_error_of_the_method_leaves_nothing_behind(llama):
-    folder, batches, losses, gradients = llama
-
-    class Fails(Collect):
-        def learn(self, stage, name, gradient, batch):
-            if fail and stage.name == "model.layers.1":
-                raise ValueError("not this one")
-            super().learn(stage, name, gradient, batch)
-
-    fail, hooks = True, Fails()
-    plan = plan_for(folder, batches, hooks)
-    with Sweep(plan, poison=True) as running:
-        with pytest.raises(ValueError, match="not this one"):
-            running.run(batches)
-        assert len(running.scratch) == 0
-        assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
-        fail, hooks.found = False, {}
-        assert running.run(batches) == losses
-    same(hooks.found, gradients)
-    assert running.host.taken == plan.process_bytes + plan.room_bytes + plan.constants_bytes
-
-
-def test_it_can_be_stopped(llama):
-    folder, batches, _, _ = llama
-    seen = []
-    plan = plan_for(folder, batches, Collect())
-    running = Sweep(plan, progress=lambda done, of: seen.append((done, of)), cancelled=lambda: len(seen) == 4)
-    with running, pytest.raises(Interrupted):
-        running.run(batches)
-    assert seen == [(number, 9) for number in (1, 2, 3, 4)]
-
-
-def test_a_sweep_that_does_not_fit_says_what_would_do(llama, monkeypatch):
-    from streammerge.budget import Resident
-
-    monkeypatch.setattr("streammerge.engine.layers_plan.resident", lambda: Resident(1 << 20, 0, 0))
-    folder, batches, losses, _ = llama
-    with pytest.raises(BudgetTooSmall) as caught:
-        plan_for(folder, batches, Collect(), ram=1 << 20)
-    least = caught.value.least
-    with pytest.raises(BudgetTooSmall):
-        plan_for(folder, batches, Collect(), ram=least - 1)
-    got, plan = sweep(folder, batches, Collect(), ram=least)
-    assert got == losses
-    assert plan.prefetch == 0
-    assert plan.scratch_disk_bytes == plan.scratch_bytes
-    assert plan.ram_peak_bytes == least

@@ -1,19 +1,17 @@
 """The budget of a sweep from outside: what a child process holds, against what was promised."""
 
 import json
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import build
 import pytest
 import torch
 import transformers
 from models import tiny
 
 MIB = 1 << 20
-STATUS = re.compile(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", re.MULTILINE)
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
 CHILD = """
@@ -67,15 +65,7 @@ def watched(*arguments):
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    peak = 0
-    status = Path(f"/proc/{child.pid}/status")
-    while child.poll() is None:
-        try:
-            peak = max(peak, sum(map(int, STATUS.findall(status.read_text()))) * 1024)
-        except (FileNotFoundError, ProcessLookupError):
-            break
-        time.sleep(0.003)
-    out, err = child.communicate(timeout=60)
+    out, err, peak = build.watched(child)
     assert child.returncode == 0, err
     return json.loads(out.splitlines()[-1]), peak
 

@@ -1,15 +1,12 @@
 """The budget from outside: what a child process holds, against what was promised and what was allowed."""
 
 import json
-import re
-import time
 from pathlib import Path
 
 import build
 import pytest
 
 MIB = 1 << 20
-STATUS = re.compile(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", re.MULTILINE)
 SHAPES = {"embed": ("BF16", (32_000, 1024)), **{f"layer.{i}": ("BF16", (2048, 2049)) for i in range(11)}}
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
@@ -32,15 +29,7 @@ def recipes(tmp_path_factory):
 def watched(*arguments, before=""):
     """Run the command line; its report and the most it held, looked at from outside."""
     child = build.start("merge", *arguments, "--json", before=before)
-    peak = 0
-    status = Path(f"/proc/{child.pid}/status")
-    while child.poll() is None:
-        try:
-            peak = max(peak, sum(map(int, STATUS.findall(status.read_text()))) * 1024)
-        except (FileNotFoundError, ProcessLookupError):
-            break
-        time.sleep(0.003)
-    out, err = child.communicate(timeout=60)
+    out, err, peak = build.watched(child)
     return child.returncode, json.loads(out), err, peak
 
 

@@ -210,19 +210,11 @@ def test_asked_to_stop(tmp_path, models, wanted, number, code):
 def test_a_token_stops_an_embedded_run(tmp_path, models, wanted):
     """At the first, second, ... question whether to stop; each run goes on where the one before was stopped."""
 
-    class Token:
-        def __init__(self, after):
-            self.left = after
-
-        def is_set(self):
-            self.left -= 1
-            return self.left < 0
-
     recipe, out = written(tmp_path, models, "slerp"), tmp_path / "out"
     codes = []
     for after in range(20):
         try:
-            sm.merge(recipe, out, ram="2GiB", cancel=Token(after))
+            sm.merge(recipe, out, ram="2GiB", cancel=build.After(after))
             break
         except sm.Interrupted as stop:
             codes.append(stop.exit_code)
@@ -235,7 +227,7 @@ def test_a_token_stops_an_embedded_run(tmp_path, models, wanted):
 def test_unfinished_work_of_another_recipe(tmp_path, models, wanted):
     out = tmp_path / "out"
     with pytest.raises(sm.Interrupted):
-        sm.merge(written(tmp_path, models, "slerp"), out, ram="2GiB", cancel=_Set())
+        sm.merge(written(tmp_path, models, "slerp"), out, ram="2GiB", cancel=build.After(0))
     linear = written(tmp_path, models, "linear")
     with pytest.raises(OutputExists) as caught:
         sm.merge(linear, out, ram="2GiB")
@@ -243,11 +235,6 @@ def test_unfinished_work_of_another_recipe(tmp_path, models, wanted):
     assert "--no-resume discards it" in str(caught.value)
     sm.merge(linear, out, ram="2GiB", resume=False)
     check(out, wanted["linear"])
-
-
-class _Set:
-    def is_set(self):
-        return True
 
 
 def test_an_existing_output_is_left_alone_unless_asked(tmp_path, models, wanted):

@@ -1,6 +1,7 @@
 """The data-free successors against fp64 oracles that restate their authors' arithmetic with full decompositions."""
 
 import build as files
+import methods.falling as falling
 import numpy as np
 import pytest
 from merging import run
@@ -18,15 +19,7 @@ def build(name, **values):
 
 
 def material(shape, experts=3, seed=0, size=0.02):
-    """A base and experts with falling spectra that share some directions."""
-    rng = np.random.default_rng(seed)
-    base = rng.normal(0, 0.05, shape).astype(np.float32)
-    shared = rng.normal(size=shape)
-    found = []
-    for _ in range(experts):
-        u, _, v = np.linalg.svd(rng.normal(size=shape) + 0.4 * shared, full_matrices=False)
-        found.append((base + size * (u * 0.9 ** np.arange(len(v))) @ v).astype(np.float32))
-    return base, found
+    return falling.material(shape, [size] * experts, seed)
 
 
 def wide(base, experts):
@@ -314,20 +307,9 @@ def test_recipes_give_what_arrays_give(tmp_path, name):
         assert np.array_equal(tensor.numpy(), wanted), key
 
 
-@pytest.mark.parametrize("kind", ["zero", "equal", "rank one", "all zero", "opposite"])
+@pytest.mark.parametrize("kind", falling.DEFICIENT)
 @pytest.mark.parametrize("name", RECIPES)
 def test_deficient_experts_give_finite_merges(name, kind):
     base, experts = material((20, 33))
-    thin = (base + np.outer(np.arange(20), np.ones(33)) * 1e-3).astype(np.float32)
-    given = {
-        "zero": [*experts, base],
-        "equal": [experts[0]] * 3,
-        "rank one": [thin, thin, experts[0]],
-        "all zero": [base] * 3,
-        "opposite": [experts[0], 2 * base - experts[0]],
-    }[kind]
-    mine = moved(name, base, given)
-    assert np.isfinite(mine).all()
-    assert np.linalg.norm(mine) < 5 * max(np.linalg.norm(g - base) for g in given) + 1e-30
-    if kind == "all zero":
-        assert not mine.any()
+    given = falling.deficient(kind, base, experts)
+    falling.check_small(kind, moved(name, base, given), base, given)

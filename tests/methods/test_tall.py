@@ -31,14 +31,7 @@ WAYS = [
     ("wudi", {"solver": "closed_form", "ridge": 0.3}),
 ]
 AGREE = {"tsvm": 3e-5, "iso_c": 3e-5, "wudi": 1e-5}  # of the norm; both ways are as far from fp64 at most
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name, options, count=1):
@@ -99,6 +92,7 @@ def test_a_plan_says_what_is_read_and_how_it_is_solved():
         ]
         assert make(name, {"norm_guard": 1.0}).for_tensor("w", (32000, 4096), 3).rounds(3) == rounds + 1
         assert method.solver_name((32000, 4096), 3).endswith("by rows")
+        assert method.fills_cores((32000, 4096))
 
 
 # --- the same merge ---
@@ -260,6 +254,15 @@ def test_a_merge_from_files(name, device, tiny, monkeypatch):
         assert away(weights - origin[tensor], wanted[tensor] - origin[tensor]) < 1e-4
     moved = np.linalg.norm(found["lm_head.weight"] - origin["lm_head.weight"])
     assert report["matrices"]["lm_head.weight"]["displacement"] == pytest.approx(moved, rel=1e-5)
+
+
+def test_a_tall_matrix_has_all_cores(tiny, monkeypatch):
+    """Where one is tall, none are solved side by side: in a lane it would have one core."""
+    models = [tiny / model for model in "abc"]
+    recipe = build.recipe(tiny / "r.json", "tsvm", models, tiny / "base", embeddings="matrix")
+    assert sm.plan(recipe, threads=4).at_once == 2
+    monkeypatch.setattr(_tall, "LARGE", 4000)
+    assert sm.plan(recipe, threads=4).at_once == 1
 
 
 @pytest.mark.parametrize(

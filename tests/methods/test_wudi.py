@@ -1,13 +1,10 @@
 """WUDI against the authors' arithmetic in float64, autograd and products of T x m x m included, and its identities."""
 
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 import torch
 from merging import run, span
+from methods.memory import held_by
 
 from streammerge.errors import RecipeError
 from streammerge.method import Tile
@@ -27,15 +24,7 @@ WAYS = {
     "ridge": {"solver_": "closed_form", "ridge": 0.3},
     "inverse": {"solver_": "closed_form"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Small products wait for each other's threads longer than they take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def experts(rows, columns, count, std=1e-3, seed=0):
@@ -361,38 +350,21 @@ def test_wrong_parameters(wrong):
 
 
 def peak_of(rows, columns, options):
-    """Anonymous memory beyond the task vector that one solver takes at its peak, and what it declares, in bytes."""
-    code = f"""
-        import sys, threading, time
-        import torch
+    """Memory beyond the task vector that one solver takes at its peak, and what it declares, in bytes."""
+    before = f"""
         from streammerge.methods import _wudi_flow
         from streammerge.methods.wudi import Wudi
 
-        def held():
-            return sum(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-
-        def watch():
-            global peak
-            while not done.wait(0.002):
-                peak = max(peak, held())
-
-        torch.set_num_threads(2)
         method, delta = Wudi(**{options}), torch.full(({rows}, {columns}), 0.0)
         (torch.ones(64, 64) @ torch.ones(64, 64)).sum()
-        before = peak = held()
-        done = threading.Event()
-        watcher = threading.Thread(target=watch)
-        watcher.start()
+    """
+    work = f"""
         solver = method.solver({rows}, {columns}, 2)
         for i in range(2):
             solver.take(i, delta.normal_(0, 1e-3))
         solver.finish()
-        done.set()
-        watcher.join()
-        print(peak - before, method.bytes_kept({rows}, {columns}, 2))
     """
-    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True)
-    return [int(word) for word in out.stdout.split()]
+    return held_by(before, work, f"method.bytes_kept({rows}, {columns}, 2)")
 
 
 @pytest.mark.parametrize(

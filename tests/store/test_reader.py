@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from store.faulty import no_direct
 
 from streammerge.budget import Budget
 from streammerge.errors import CheckpointError, MachineError, RecipeError
@@ -118,20 +119,9 @@ def test_auto_settles_on_direct_where_the_disk_has_it(tmp_path, ring, data):
     reader.close()
 
 
-def _no_direct(monkeypatch):
-    real = os.open
-
-    def refuse(path, flags, *more, **named):
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *more, **named)
-
-    monkeypatch.setattr(os, "open", refuse)
-
-
 def test_auto_is_buffered_where_direct_is_refused(tmp_path, ring, data, monkeypatch):
     (tmp_path / "x").write_bytes(data)
-    _no_direct(monkeypatch)
+    no_direct(monkeypatch)
     reader = Reader(ring)
     reader.choose([(str(tmp_path / "x"), SIZE)])
     reader.close()
@@ -141,7 +131,7 @@ def test_auto_is_buffered_where_direct_is_refused(tmp_path, ring, data, monkeypa
 def test_one_input_on_a_disk_without_direct_reads_all_the_same(tmp_path, ring, data, monkeypatch):
     (tmp_path / "x").write_bytes(data)
     evict(tmp_path / "x")
-    _no_direct(monkeypatch)
+    no_direct(monkeypatch)
     assert read(ring, "direct", (tmp_path / "x", 17, SIZE)) == [data[17:]]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from store.faulty import after, failing, no_direct, short_writes
 
 from streammerge.budget import Budget
 from streammerge.errors import MachineError
@@ -82,28 +83,10 @@ def write(out, shards, wanted, where, ring, seed=0, stop=None, park=True, each=3
     return made
 
 
-@pytest.fixture
-def ring():
-    ring = Ring(Budget(64 * MIB), MIB, "a ring")
-    yield ring
-    ring.close()
-
-
 def check(made, shards, wanted):
     for shard, data in zip(shards, wanted, strict=True):
         assert (made.partial / shard.name).read_bytes() == data
         assert made.hashes[shard.name] == hashlib.sha256(data).hexdigest()
-
-
-def no_direct(monkeypatch):
-    real = os.open
-
-    def refuse(path, flags, *more, **named):
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *more, **named)
-
-    monkeypatch.setattr(os, "open", refuse)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -190,23 +173,6 @@ def test_a_line_is_never_ahead_of_the_disk(tmp_path, ring, monkeypatch):
     assert not faults
 
 
-def _raise(number):
-    def fail(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
-def after(count, real, fault):
-    left = [count]
-
-    def call(*arguments):
-        left[0] -= 1
-        return real(*arguments) if left[0] >= 0 else fault(*arguments)
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("call", "number", "line"),
     [
@@ -219,7 +185,7 @@ def test_a_disk_that_fails_half_way(tmp_path, monkeypatch, call, number, line):
     shards, wanted, where = content()
     ring = Ring(Budget(4 * MIB), MIB, "a ring")
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, after(0 if call == "ftruncate" else 5, getattr(os, call), _raise(number)))
+        patch.setattr(os, call, after(0 if call == "ftruncate" else 5, getattr(os, call), failing(number)))
         with pytest.raises(MachineError) as caught:
             write(tmp_path / "out", shards, wanted, where, ring)
     assert str(caught.value).startswith(f"{tmp_path}/out.partial: {line}")
@@ -234,16 +200,7 @@ def test_a_disk_that_fails_half_way(tmp_path, monkeypatch, call, number, line):
 def test_writes_that_are_cut_short_are_continued(tmp_path, ring, most, direct, monkeypatch):
     if not direct:
         no_direct(monkeypatch)
-    real = os.pwrite
-
-    def short(file, data, at):
-        import fcntl
-
-        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT and (len(data) | at) % 512:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(file, data[: most if len(data) < 512 else max(most // 512 * 512, 512)], at)
-
-    monkeypatch.setattr(os, "pwrite", short)
+    short_writes(monkeypatch, most)
     shards, wanted, where = content()
     check(write(tmp_path / "out", shards, wanted, where, ring), shards, wanted)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from store.faulty import after, failing, no_direct, short_writes
 
 from streammerge.budget import Budget
 from streammerge.errors import MachineError, OutputExists
@@ -66,30 +67,12 @@ def write(out, shards, wanted, ring, seed=0, digest="d"):
     return made
 
 
-@pytest.fixture
-def ring():
-    ring = Ring(Budget(64 * MIB), MIB, "a ring")
-    yield ring
-    ring.close()
-
-
 def check(out, shards, wanted, hashes):
     for shard, data in zip(shards, wanted, strict=True):
         found = (out / shard.name).read_bytes()
         assert len(found) == shard.size
         assert found == data
         assert hashes[shard.name] == hashlib.sha256(data).hexdigest()
-
-
-def no_direct(monkeypatch):
-    real = os.open
-
-    def refuse(path, flags, *more, **named):
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *more, **named)
-
-    monkeypatch.setattr(os, "open", refuse)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -258,35 +241,17 @@ def test_a_disk_without_room_is_found_at_once(tmp_path, ring, monkeypatch):
     assert list(tmp_path.iterdir()) == [], "nothing was begun, nothing stays"
     interrupted(tmp_path / "out", shards, wanted, ring, MIB)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", _raise(errno.ENOSPC))
+        patch.setattr(os, "posix_fallocate", failing(errno.ENOSPC))
         with pytest.raises(MachineError, match=r"s0: no room for 2\.9 MiB: No space left on device"):
             Writer(tmp_path / "out", shards, "d", ring)
     assert journal.read(tmp_path / "out.partial").done["s0"] >= MIB - PAGE, "work that was done was thrown away"
 
 
-def _raise(number):
-    def fail(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
 def test_a_file_system_that_cannot_promise_room(tmp_path, ring, monkeypatch):
-    monkeypatch.setattr(os, "posix_fallocate", _raise(errno.EOPNOTSUPP))
+    monkeypatch.setattr(os, "posix_fallocate", failing(errno.EOPNOTSUPP))
     shards, wanted = content(300_000)
     made = write(tmp_path / "out", shards, wanted, ring)
     check(made.partial, shards, wanted, made.hashes)
-
-
-def after(count, real, fault):
-    """Works so many times, then fails."""
-    left = [count]
-
-    def call(*arguments):
-        left[0] -= 1
-        return real(*arguments) if left[0] >= 0 else fault(*arguments)
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -305,7 +270,7 @@ def test_a_disk_that_fails_half_way(tmp_path, monkeypatch, call, number, line):
     shards, wanted = content(200_000, 700_001)
     ring = Ring(Budget(MIB), MIB, "a ring")
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, after(3 if call != "ftruncate" else 1, getattr(os, call), _raise(number)))
+        patch.setattr(os, call, after(3 if call != "ftruncate" else 1, getattr(os, call), failing(number)))
         with pytest.raises(MachineError) as caught:
             write(tmp_path / "out", shards, wanted, ring)
     assert str(caught.value).startswith(f"{tmp_path}/out.partial: {line}")
@@ -322,7 +287,7 @@ def test_no_line_follows_a_sync_that_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SYNC_EVERY", 1)
     shards, wanted = content(200_000)
     ring = Ring(Budget(MIB), MIB, "a ring")
-    monkeypatch.setattr(writer.ShardFile, "sync", _raise(errno.EIO))
+    monkeypatch.setattr(writer.ShardFile, "sync", failing(errno.EIO))
     with pytest.raises(MachineError):
         write(tmp_path / "out", shards, wanted, ring)
     ring.close()
@@ -335,16 +300,7 @@ def test_no_line_follows_a_sync_that_failed(tmp_path, monkeypatch):
 def test_writes_that_are_cut_short_are_continued(tmp_path, ring, most, direct, monkeypatch):
     if not direct:
         no_direct(monkeypatch)
-    real = os.pwrite
-
-    def short(file, data, at):
-        import fcntl
-
-        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT and (len(data) | at) % 512:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(file, data[: max(most // 512 * 512, 512)], at)
-
-    monkeypatch.setattr(os, "pwrite", short)
+    short_writes(monkeypatch, most)
     shards, wanted = content(300_001)
     made = write(tmp_path / "out", shards, wanted, ring)
     check(made.partial, shards, wanted, made.hashes)
@@ -375,7 +331,7 @@ def test_publishing_that_fails_is_one_line_and_can_be_tried_again(tmp_path, ring
     made = write(tmp_path / "out", shards, wanted, ring)
     owner = {"copyfile": shutil, "write_bytes": Path, "rename": os}[call]
     with monkeypatch.context() as patch:
-        patch.setattr(owner, call, _raise(errno.ENOSPC))
+        patch.setattr(owner, call, failing(errno.ENOSPC))
         with pytest.raises(MachineError, match="the disk is full; make room"):
             made.publish({"config.json": b"{}"}, [side], b"{}", overwrite=False)
     assert not (tmp_path / "out").exists()
