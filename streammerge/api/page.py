@@ -96,6 +96,8 @@ def _learned(found: Mapping[str, Any] | None) -> Iterator[str]:
     for step, loss in found.get("validation", ()):
         yield f"<p>validation loss after step {step}: {loss:.5g}{' (kept)' if step == found['kept'] else ''}</p>"
     yield from _sections({"Coefficients by tensor": found["tensors"]})
+    if "rounding" in found:
+        yield from _sections({"What rounding to the output's dtype left": found["rounding"]["tensors"]})
 
 
 def _short(model: str) -> str:

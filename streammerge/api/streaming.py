@@ -9,6 +9,8 @@ from streammerge import method as methods
 from streammerge.api.merging import Token, asks
 from streammerge.api.planning import RecipeLike, check_numbers, plan
 from streammerge.budget import Budget, cores
+from streammerge.engine.anchor_plan import AnchorPlan
+from streammerge.engine.composing_plan import ComposePlan
 from streammerge.engine.findings import Progress
 from streammerge.engine.memory import merge_tensors
 from streammerge.engine.run import open_run
@@ -50,8 +52,8 @@ def stream(
     import torch
 
     made = recipe if isinstance(recipe, Plan) else plan(recipe, in_memory=True, **options)
-    if isinstance(made, LayerPlan):
-        raise RecipeError(f"{made.recipe.merge_method} runs on layers, from the last to the first; use merge")
+    if why := _refusal(made):
+        raise RecipeError(f"{made.recipe.merge_method} {why}; use merge")
     budget = Budget(made.ram_budget_bytes, made.held_bytes)
     run = open_run(made, budget, reader=reader, progress=progress, cancelled=asks(cancel))
     try:
@@ -62,6 +64,15 @@ def stream(
                 yield job.name, _shaped(torch.from_numpy(sink.take(index)), job.dtype, job.shape)
     finally:
         run.close()
+
+
+def _refusal(made: Plan) -> str:
+    """Why a plan is not to be had tensor by tensor, behind the method's name; empty if it is."""
+    if isinstance(made, ComposePlan):  # learned coefficients make an ordinary merge
+        return "" if made.given is not None else "learns before it merges: stream takes its coefficients from a file"
+    if isinstance(made, AnchorPlan):
+        return "merges unit by unit, with anchors that it makes first"
+    return "runs on layers, from the last to the first" if isinstance(made, LayerPlan) else ""
 
 
 def _shaped(raw: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -110,7 +121,7 @@ def merge_state_dicts(
         raise RecipeError(f"{method} takes no base; give it as one of the models")
     made = methods.build(methods.find(method), values)
     if not isinstance(made, methods.TileMethod):
-        raise RecipeError(f"{method} is a {made.sees} method; merge_state_dicts runs tile methods")
+        raise RecipeError(f"{method} is a {made.sees} method; merge_state_dicts has no layers to run, use merge")
     if post is not None:
         after, name, given = recipes.find_post(post, "post")
         values = recipes.check_parameters(after, name, given, len(models))

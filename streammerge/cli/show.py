@@ -121,6 +121,8 @@ def _learned(found: dict[str, Any] | None) -> list[tuple[str, str, str]]:
         best = next(loss for step, loss in found["validation"] if step == found["kept"])
         before = found["validation"][0][1]
         told.insert(1, f"validation {before:.4g} to {best:.4g}, kept those of step {found['kept']}")
+    if "rounding" in found:
+        told.append(f"rounded: slope {found['rounding']['slope']:.3f}, noise {found['rounding']['noise']:.3f}")
     return [("loss", f"{first:.4g} to {last:.4g}", ", ".join(told))]
 
 
@@ -158,6 +160,9 @@ def report(body: dict[str, Any], out: str) -> None:
     ]
     rows += [*_matrices(body["matrices"]), *_masked(body.get("gradfix")), *_learned(body.get("atlas"))]
     lines([*rows, *_units(body.get("fda"))])
+    for warning in body["warnings"]:
+        if warning not in promised["warnings"]:  # shown with the plan
+            note(warning)
     if copied := body["copied_tensors"]:
         note(f"{count(copied, 'tensor')} the same in all inputs, copied")
     for found in body["nonfinite"]:

@@ -169,15 +169,25 @@ class Composing(Hooks):
             self.store.pin(name, self._inputs(name, loaded))
 
     def _gradient(self, name: str, gradient: Tensor, inputs: Mapping[int, Tensor]) -> Table:
-        """dL/dc, [experts, groups]."""
+        """dL/dc, [experts, groups].
+
+        Raises:
+            RecipeError: one of them is no number.
+        """
         method = self.mix.methods[name]
         experts = [inputs[source] for source in sorted(inputs) if source]
         if gradient.dtype.itemsize > 4:
-            return exact_gradient(gradient, inputs[0], experts, method)
-        survey = method.dots(self.mix.shapes[name])
-        tile = self._tile(name, inputs, [gradient, *experts])
-        self.place.settle(method, survey, tile)
-        found: Table = survey.sums
+            found = exact_gradient(gradient, inputs[0], experts, method)
+        else:
+            survey = method.dots(self.mix.shapes[name])
+            tile = self._tile(name, inputs, [gradient, *experts])
+            self.place.settle(method, survey, tile)
+            found = survey.sums
+        if not np.isfinite(found).all():
+            raise RecipeError(
+                f"step {self.learner.step + 1}: the gradient of {name!r} gives no number; give a smaller lr, or look "
+                "for NaN and infinities in the models"
+            )
         return found
 
     def step(self, losses: Sequence[float]) -> None:

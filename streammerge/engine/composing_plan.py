@@ -191,13 +191,13 @@ def _sort_out(plan: Plan, stack: Stack, recipe: Recipe) -> _Parts:
     """Every merged tensor's settings; those of the whole run must be the same everywhere.
 
     Raises:
-        RecipeError: they are not.
+        RecipeError: they are not, or nothing would learn.
     """
     planned = {tensor.job.name: tensor for tensor in plan.tensors}
-    settings: dict[str, Any] = {}
-    for tensor in plan.tensors:
-        if tensor.job.method == recipe.merge_method:
-            settings[tensor.job.name] = build(find(tensor.job.method), tensor.job.parameters)
+    jobs = [tensor.job for tensor in plan.tensors if tensor.job.method == recipe.merge_method]
+    settings: dict[str, Any] = {job.name: build(find(job.method), job.parameters) for job in jobs}
+    if not any(settings[job.name].learns(job.name, job.shape) for job in jobs):
+        raise RecipeError(f"{recipe.where}: blocks names no tensor; give all, weights, or patterns as *mlp*")
     first = next(iter(settings.values()))
     for name, each in settings.items():
         for key in first.common:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+HARMLESS = 0.1  # by which rounding may change the length of what was merged without a word
+
 
 @dataclass
 class Progress:
@@ -30,6 +32,7 @@ class Findings:
     masked: dict[str, dict[str, float]] = field(default_factory=dict)  # of tensors that were masked: what was kept
     transport: dict[str, Any] = field(default_factory=dict)  # of the masking as a whole
     learned: dict[str, Any] = field(default_factory=dict)  # coefficients, and how they were learned
+    rounded: dict[str, dict[str, float]] = field(default_factory=dict)  # what rounding left of them: methods/_rounding
     anchors: dict[str, dict[str, Any]] = field(default_factory=dict)  # by their name in a file: how they were made
     adapted: dict[str, dict[str, Any]] = field(default_factory=dict)  # units, and how they were adapted
     read_bytes: int = 0
@@ -44,6 +47,8 @@ class Findings:
             name, figures = note["figures"]
             if note.get("section") == "gradfix":
                 self.masked.setdefault(name, {}).update(figures)
+            elif note.get("section") == "atlas":
+                self.rounded[name] = figures
             else:
                 self.figures[name] = figures
         elif "anchors" in note or "adapted" in note:
@@ -72,6 +77,29 @@ class Findings:
             total["descent"] = math.fsum(row.get("descent", 0.0) for row in rows)
         return {"gradfix": {**self.transport, "total": total, "tensors": self.masked}}
 
+    def learning(self) -> dict[str, Any]:
+        """Coefficients, and what a narrow dtype of the output left of the task vectors; empty if there are none."""
+        if not self.learned:
+            return {}
+        rounding = {"rounding": self._rounding()} if self.rounded else {}
+        return {"atlas": self.learned | rounding}
+
+    def _rounding(self) -> dict[str, Any]:
+        rows = self.rounded.values()
+        total = {key: math.fsum(row[key] for row in rows) for key in ("meant", "along", "missed")}
+        return {**_slope(total), "tensors": {name: _slope(row) for name, row in self.rounded.items()}}
+
+    def warnings(self) -> list[str]:
+        """What a user should know of the result."""
+        found = self._rounding() if self.rounded else {"slope": 1.0}
+        if abs(found["slope"] - 1) <= HARMLESS:
+            return []
+        return [
+            f"of the merged task vectors {found['slope']:.0%} are left in the output, with errors of "
+            f"{found['noise']:.0%} of their length: its dtype is too coarse for steps as small; dtype: float32 keeps "
+            "them"
+        ]
+
     def units(self) -> dict[str, Any]:
         """Anchors and adaptation of every unit; empty if there are none.
 
@@ -90,8 +118,13 @@ class Findings:
                     curves["construction"].setdefault(unit, {})[expert] = made["curve"]
         for unit, figures in self.adapted.items():
             names = {"loss": "adaptation", "first": "adaptation_first", "seconds": "adaptation_seconds"}
+            names |= {"epochs": "epochs", "kept": "kept_epoch"}
             rows.setdefault(unit, {}).update({names[key]: figures[key] for key in names if key in figures})
             for kind, key in (("adaptation", "curve"), ("held_out", "held_out")):
                 if figures.get(key):
                     curves[kind].setdefault(unit, {})["0"] = figures[key]
         return {"fda": rows, "fda_curves": {kind: found for kind, found in curves.items() if found}}
+
+
+def _slope(sums: dict[str, float]) -> dict[str, float]:
+    return {"slope": sums["along"] / sums["meant"], "noise": math.sqrt(sums["missed"] / sums["meant"])}

@@ -69,7 +69,8 @@ def make_report(plan: Plan, findings: Findings, watcher: Watcher, written: int) 
         "matrices": findings.figures,
         **findings.masking(),
         **findings.units(),
-        **({"atlas": findings.learned} if findings.learned else {}),
+        **findings.learning(),
+        "warnings": [*plan.warnings, *findings.warnings()],
         "predicted": plan.as_dict(),
         "version": __version__,
     }

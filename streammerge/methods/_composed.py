@@ -20,6 +20,7 @@ import numpy.typing as npt
 from streammerge import kernel
 from streammerge.kernels.numerics import Partition
 from streammerge.method import BLOCK, Cost, Flags, Survey, Tile, TileMethod
+from streammerge.methods._rounding import Rounding
 
 NO_AXIS = 1 << 62  # add_deltas: the hash says which group, no axis of the tensor does
 FEW = 32  # groups with blocks of BLOCK elements: there are 128 lanes to fold for every block, expert and group
@@ -29,11 +30,12 @@ FEW = 32  # groups with blocks of BLOCK elements: there are 128 lanes to fold fo
 class Composed(TileMethod):
     """One tensor with its coefficients; `origin` is the tensor's number in the hash."""
 
-    kernels = ("add_deltas",)
+    kernels = ("add_deltas", "norms_and_dots")
 
     coefficients: tuple[tuple[float, ...], ...]  # [experts][groups]
     origin: int
     seed: int
+    watched: bool = False  # whether to look at what rounding leaves of the task vectors
 
     @property
     def groups(self) -> int:
@@ -46,11 +48,21 @@ class Composed(TileMethod):
     def grain(self, shape: tuple[int, ...]) -> int:
         return BLOCK << max(0, math.ceil(math.log2(self.groups / FEW)))
 
+    def tally(self, shape: tuple[int, ...]) -> Rounding | None:
+        return Rounding(math.prod(shape)) if self.watched else None
+
     def merge(self, tile: Tile, survey: Any) -> Flags:
         coefs = np.ones((self.groups, 1 + len(self.coefficients)), np.float32)
         coefs[:, 1:] = np.array(self.coefficients, np.float64).reshape(-1, self.groups).T
-        where = (tile.start, NO_AXIS, self.split)
-        flags: Flags = kernel.run("add_deltas", tile.out, tile.base, tile.experts, coefs, *where)
+
+        def compose(part: Tile) -> Flags:
+            where = (part.start, NO_AXIS, self.split)
+            flags: Flags = kernel.run("add_deltas", part.out, part.base, part.experts, coefs, *where)
+            return flags
+
+        flags = compose(tile)
+        if isinstance(survey, Rounding):
+            survey.take(tile, compose)
         return flags
 
     def dots(self, shape: tuple[int, ...]) -> Dots:
@@ -62,7 +74,7 @@ class Composed(TileMethod):
         return -(-numel // self.grain((numel,))) * max(1, len(self.coefficients)) * self.groups * 8 * 2
 
     def cost(self, numel: int, experts: int, device: str) -> Cost:
-        return Cost(8 * self.groups * (experts + 1))
+        return Cost(8 * self.groups * (experts + 1) + 2 * 4 * BLOCK)
 
 
 class Dots(Survey):

@@ -21,7 +21,8 @@ no gradient keep their coefficients instead of being decayed. `budget: b` keeps,
 coefficients have the largest gradients at c = 0; the others stay at 0 and are not read again.
 
 `coefficients: FILE` takes coefficients that were learned before instead of `data`. compute: bfloat16 composes the
-weights in 16 bits, where steps smaller than half a unit in the last place are lost: the plan warns of it.
+weights in 16 bits, where steps smaller than half a unit in the last place are lost: the plan warns of it. An output in
+16 bits rounds once: the report says what is left (_rounding.py).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Atlas(LayerMethod):
 
     summary = "task vectors with a learned coefficient for every tensor"
     source = "Zhang et al. 2024, arXiv:2407.02880"
-    kernels = ("multi_dot", "add_deltas")
+    kernels = ("multi_dot", "add_deltas", "norms_and_dots")
     keys = ("data", "coefficients", "compute", "attention")
     common = ("objective", "steps", "epochs", "batch", "schedule", "clip", "budget")  # the same for all tensors
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError
+from streammerge.formats.dtypes import bits_of
 from streammerge.planner.dialect import Resolution
 from streammerge.planner.jobs import Job
 from streammerge.planner.plan import Plan
@@ -61,11 +62,11 @@ class Coefficients:
         return replace(resolution, jobs=tuple(self._settled(job, method) for job in resolution.jobs))
 
     def of_plan(self, plan: Plan) -> Plan:
-        """A plan whose tensors are merged with these coefficients."""
+        """A plan whose tensors are merged with these coefficients; what rounding leaves of them is looked at."""
         tensors = []
         for tensor in plan.tensors:
             if tensor.job.method == plan.recipe.merge_method:
-                values = self.parameters(tensor.job.name)
+                values = {**self.parameters(tensor.job.name), "watched": bits_of(tensor.out_dtype) < 32}
                 tensor = replace(tensor, method=replace(tensor.method, **values))  # type: ignore[type-var]
             tensors.append(tensor)
         return replace(plan, tensors=tuple(tensors))

@@ -299,7 +299,8 @@ def test_the_report_page_has_a_heat_map(untied, tmp_path):
         ({"parameters": {"batch": 1.5}}, "batch: 1.5 is not a whole number"),
         ({"parameters": {"steps": [{"filter": "mlp", "value": 3}, {"value": 4}]}}, "steps is for the whole run"),
         ({"parameters": {"budget": 2, "init": 0.1}}, "budget chooses experts at the base; leave init at 0"),
-        ({"parameters": {"lr": 1e30, "steps": 3}}, "step 3: the loss of batch 1 is nan; give a smaller lr"),
+        ({"parameters": {"blocks": ["weight", "*mpl*"]}}, "blocks names no tensor; give all, weights, or patterns"),
+        ({"parameters": {"lr": 1e30, "steps": 3}}, "step 2: the gradient of .* gives no number; give a smaller lr"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(untied, tmp_path, changes, said):

@@ -1,12 +1,15 @@
 """Learned coefficients, tensor by tensor: what is composed, its gradients, groups, and what a recipe may say."""
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from merging import bf16, run, span, widen
+from merging import NUMPY, bf16, run, span, widen
 
 from streammerge import kernel
+from streammerge.engine.findings import Findings
+from streammerge.engine.tiles import Crew, Merger, settle_in_memory
 from streammerge.errors import RecipeError
 from streammerge.kernels.host.multi_dot import host as multi_dot
 from streammerge.kernels.numerics import Partition
@@ -135,8 +138,6 @@ def test_the_difference_is_taken_before_the_product():
 
 @pytest.mark.parametrize("groups", [1, 5])
 def test_gradients_are_the_same_whatever_the_threads(groups):
-    from streammerge.engine.tiles import Crew, settle_in_memory
-
     base, experts = vectors(2, 900_001)
     gradient = np.float32(np.random.default_rng(7).normal(0, 1, base.size))
     method = composed(np.zeros((2, groups)))
@@ -214,6 +215,75 @@ def test_sixteen_bits_lose_small_steps_and_pairs_do_not():
     spans = [span(each, 0, base.size) for each in (high, base, experts[0], low)]
     add_deltas(spans[0], spans[1], [spans[2]], np.array([[1, 0.1]], np.float32), 0, NO_AXIS, None, None, spans[3])
     assert abs(slope(widen(high) + widen(low)) - 1) < 0.01
+
+
+def left(base, experts, rows, dtype=None, tile=0, threads=1):
+    """Slope and noise as a report has them, and the merged array."""
+    method, out = replace(composed(rows), watched=True), np.empty(base.size, NUMPY[dtype] if dtype else base.dtype)
+    crew, survey = Crew(threads), method.tally((base.size,))
+    merger, size = Merger(crew, method, survey), tile or base.size
+    for lo in range(0, base.size, size):
+        hi = min(lo + size, base.size)
+        spans = tuple(span(each, lo, hi) for each in experts)
+        merger.merge(Tile("w", ORIGIN, base.shape, lo, hi - lo, span(base, lo, hi), spans, span(out, lo, hi)))
+    crew.close()
+    findings = Findings(learned={"models": ["a"]})
+    if survey.figures:
+        findings.take({"figures": ["w", dict(survey.figures)], "section": survey.section})
+    return findings.learning()["atlas"].get("rounding"), out, findings.warnings()
+
+
+TABLE = [  # size of the task vector beside the weights, coefficient, dtype of the output, slope, noise
+    (0.001, 0.1, None, 0.090, 0.97),
+    (0.001, 0.7, None, 1.292, 0.38),
+    (0.003, 0.1, None, 0.164, 0.95),
+    (0.01, 0.3, None, 0.979, 0.47),
+    (0.03, 0.1, None, 0.927, 0.49),
+    (0.03, 0.7, None, 0.997, 0.08),
+    (0.003, 0.1, "F16", 1.172, 0.22),
+]
+
+
+@pytest.mark.parametrize(("size", "coefficient", "dtype", "slope", "noise"), TABLE)
+def test_what_rounding_leaves_is_told(size, coefficient, dtype, slope, noise):
+    """The dead zone as an independent computation has it; a warning where a tenth of the steps is lost or added."""
+    random = np.random.default_rng(0)
+    base = bf16(random.normal(0, 0.02, 1 << 20))
+    expert = bf16(widen(base) + size * random.normal(0, 0.02, base.size))
+    found, _, warnings = left(base, [expert], [[coefficient]], dtype)
+    assert found["slope"] == pytest.approx(slope, abs=0.01)
+    assert found["noise"] == pytest.approx(noise, abs=0.01)
+    assert found["tensors"] == {"w": {"slope": found["slope"], "noise": found["noise"]}}
+    told = f"{found['slope']:.0%} are left in the output"
+    assert [told in warning for warning in warnings] == ([True] if abs(slope - 1) > 0.1 else [])
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_what_rounding_leaves_is_that_of_all_elements(groups):
+    """Of a small tensor all are looked at, of a large one some; never does a tile, a thread or the looking show."""
+    base, experts = vectors(2, 700_001, 0.004)
+    rows = np.random.default_rng(1).normal(0.2, 0.05, (2, groups))
+    found, out, _ = left(base, experts, rows)
+    assert (out == run(composed(rows), base, experts)[0]).all()
+    for tile, threads in ((4096, 1), (100 * 4096, 2), (0, 3)):
+        again, other, _ = left(base, experts, rows, tile=tile, threads=threads)
+        assert again == found
+        assert (other == out).all()
+    exact, _ = run(composed(rows), base, experts, dtype="F32")
+    moved, meant = widen(out) - widen(base), widen(exact) - widen(base)
+    for numel, close in ((50_001, 1e-6), (700_001, 0.03)):  # fp32 of what was meant; a sample
+        found, _, _ = left(base[:numel], [each[:numel] for each in experts], rows)
+        s, m = moved[:numel], meant[:numel]
+        assert found["slope"] == pytest.approx(float(s @ m / (m @ m)), rel=close)
+        assert found["noise"] == pytest.approx(float(np.linalg.norm(s - m) / np.linalg.norm(m)), rel=close)
+
+
+def test_where_nothing_moves_or_is_a_number_nothing_is_told():
+    base, experts = vectors(1, 5000)
+    assert left(base, experts, [[0.0]])[0] is None
+    assert left(base, [base], [[0.5]])[0] is None
+    experts[0][17] = 0x7F80
+    assert left(base, experts, [[0.5]])[0] is None
 
 
 # --- what a recipe may say ---
