@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -215,6 +216,19 @@ def padded(samples: Sequence[Sample], count: int, divisor: int | None = None) ->
             mask[row, : len(sample)] = 1
         batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
         found.append(batch if divisor is None else batch | {"divisor": divisor})
+    return found
+
+
+def alike(samples: Sequence[Sample], tokens: int) -> list[dict[str, Any]]:
+    """Samples of one length to a batch, of so many tokens at most or of one sample: nothing to fill up, no labels."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    for length, some in groupby(sorted(samples, key=len), len):
+        several, count = list(some), max(1, tokens // length)
+        for first in range(0, len(several), count):
+            ids = torch.tensor([sample.input_ids for sample in several[first : first + count]])
+            found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     return found
 
 

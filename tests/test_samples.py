@@ -7,7 +7,7 @@ import pytest
 
 from streammerge import samples
 from streammerge.errors import RecipeError
-from streammerge.samples import IGNORED, Sample, Tokenizer, batches, digest, read_samples
+from streammerge.samples import IGNORED, Sample, Tokenizer, alike, batches, digest, read_samples
 
 ROWS = [
     {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]},
@@ -136,3 +136,15 @@ def test_the_digest_names_tokens_and_labels():
 
 def test_forms_are_told_in_one_line():
     assert samples._forms() == '{"input_ids", "labels"} or {"prompt", "completion"} or {"text"}'
+
+
+def test_samples_of_one_length_share_batches():
+    torch = pytest.importorskip("torch")
+    found = alike([Sample((at,) * length, (at,) * length) for at, length in enumerate((3, 9, 3, 2, 3))], 8)
+    assert [batch["input_ids"].tolist() for batch in found] == [
+        [[3, 3]],
+        [[0, 0, 0], [2, 2, 2]],
+        [[4, 4, 4]],
+        [[1] * 9],
+    ]
+    assert all(torch.equal(batch["attention_mask"], torch.ones_like(batch["input_ids"])) for batch in found)

@@ -1,4 +1,4 @@
-"""First and second derivatives of activations and of layer norm, each in one pass over the memory; fp32.
+"""First and second derivatives of activations, layer norm and softmax, each in one pass over the memory; fp32.
 
 With u what is pulled back to dx,
 
@@ -7,6 +7,7 @@ With u what is pulled back to dx,
                   to_dy = w P(u) + x^ dw + db,  to_x = P(q) - x^ r <u, P(dy w)> / n,
                   q = dy dw - r (u mean(dy w x^) + dy w mean(u x^)), dw and db what is pulled back to the gradients of
                   weight and bias
+    softmax       dx = Q(dy), Q(h) = y (h - <y, h>) per row;  to_dy = Q(u), to_x = Q(u (dy - <y, dy>) - dy <y, u>)
 
 Composed of elementwise steps, as torch has them, second derivatives take more time than the products between them.
 exp is good to 2e-7 of its value, erf (Abramowitz and Stegun 7.1.26) to 2e-7.
@@ -194,3 +195,58 @@ def norm_twice(rows: int, n: int, at: Array) -> None:
         _subtract(to_x, hat, f32(pulled * r / n), n)
         _project(u, hat, f32(_dot(u, ones, lanes, n) / n), s, r, to_dy, n)
         _finish(to_dy, weight, hat, dw, db, n)
+
+
+@inlined
+def _softmax(x: Array, y: Array, n: int) -> None:
+    peak = x[0]
+    for i in range(n):
+        peak = max(peak, x[i])
+    total = f32(0)
+    for i in range(n):
+        y[i] = _decay(x[i] - peak) if x[i] > f32(-np.inf) else f32(0)
+        total += y[i]
+    for i in range(n):
+        y[i] /= total
+
+
+@inlined
+def _short_dot(a: Array, b: Array, n: int) -> float:
+    total = f32(0)
+    for i in range(n):
+        total += a[i] * b[i]
+    return total
+
+
+@inlined
+def _weigh(y: Array, h: Array, mean: float, out: Array, n: int) -> None:
+    for i in range(n):
+        out[i] = y[i] * (h[i] - mean)
+
+
+@compiled(numba.int64, numba.int64, numba.int64, numba.int64)
+def softmax(rows: int, n: int, x: int, y: int) -> None:
+    """y [rows, n] of x; -inf is 0."""
+    for row in range(rows):
+        _softmax(_view(x, row * n, n), _view(y, row * n, n), n)
+
+
+@compiled(*5 * [numba.int64])
+def softmax_back(rows: int, n: int, y: int, dy: int, dx: int) -> None:
+    """dx = Q(dy)."""
+    for row in range(rows):
+        share, pulled = _view(y, row * n, n), _view(dy, row * n, n)
+        _weigh(share, pulled, _short_dot(share, pulled, n), _view(dx, row * n, n), n)
+
+
+@compiled(*7 * [numba.int64])
+def softmax_twice(rows: int, n: int, y: int, dy: int, u: int, to_dy: int, to_x: int) -> None:
+    """to_dy = Q(u), to_x = Q(u (dy - <y, dy>) - dy <y, u>)."""
+    q = np.empty(n, np.float32)
+    for row in range(rows):
+        share, first, second = _view(y, row * n, n), _view(dy, row * n, n), _view(u, row * n, n)
+        mean, other = _short_dot(share, first, n), _short_dot(share, second, n)
+        for i in range(n):
+            q[i] = second[i] * (first[i] - mean) - first[i] * other
+        _weigh(share, second, other, _view(to_dy, row * n, n), n)
+        _weigh(share, q, _short_dot(share, q, n), _view(to_x, row * n, n), n)

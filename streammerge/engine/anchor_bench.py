@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge import kernel
 from streammerge.engine.anchor_files import AnchorsFile, Given
+from streammerge.engine.anchor_inputs import Inputs
 from streammerge.engine.anchor_work import Work
 from streammerge.engine.places import span
 from streammerge.engine.voting import PIECE
@@ -43,6 +44,7 @@ class Bench:
     done: Mapping[str, Mapping[str, float]]  # anchors that are durable, with what was noted of them
     writer: ScatterWriter
     scratch: Scratch
+    inputs: Inputs | None  # real ones, if they decide when to stop
     device: torch.device
     seed: int
     start: Callable[[Work], dict[str, Tensor]] | None

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from streammerge import kernel
-from streammerge.budget import MIB, human
+from streammerge.budget import MIB
 from streammerge.engine.anchor_files import AnchorsFile, Given, key
-from streammerge.engine.anchor_work import Needs, Work, needs_of
-from streammerge.engine.anchoring import PIECES
+from streammerge.engine.anchor_inputs import Calibration, moved_bytes, plan_inputs, tried_shapes
+from streammerge.engine.anchor_work import PIECES, Needs, Work, needs_of
 from streammerge.engine.layers_hooks import Hooks
 from streammerge.engine.layers_order import Sources, Visit
 from streammerge.engine.layers_plan import Limits as SweepLimits
 from streammerge.engine.layers_plan import SweepPlan, fit_visits
-from streammerge.engine.sweep_fit import RING
+from streammerge.engine.sweep_fit import RING, Fit
 from streammerge.engine.units import Example, anchor_shape, bytes_of, default_unit, find_parts, with_stages
 from streammerge.errors import BudgetTooSmall, CheckpointError, RecipeError
 from streammerge.method import build, find
@@ -38,7 +38,6 @@ from streammerge.planner.plan import Limits, Plan, make_plan
 from streammerge.planner.recipe import Recipe
 from streammerge.planner.steps import PlannedTensor
 from streammerge.store.checkpoint import Checkpoint
-from streammerge.store.ring import round_up
 from streammerge.store.writer import Shard
 
 HEAP = 2 * PIECES  # freed memory that is kept between steps, and what lies scattered between pieces in use
@@ -59,11 +58,14 @@ class AnchorPlan(Plan):
     given: Mapping[str, Given] = field(default_factory=dict)
     save: Path | None = None
     units: tuple[str, ...] = ()  # the names of all units of the model
+    calibration: Calibration | None = None
+    forward: SweepPlan | None = None  # finds what units are given in reality
     experts: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        sweep = {} if self.sweep is None else {"sweeps": {"units": self.sweep.as_dict()}}
-        return {**super().as_dict(), **sweep, "units": len(self.works), "units_of": len(self.units)}
+        both = {"inputs": self.forward, "units": self.sweep}
+        sweeps = {name: each.as_dict() for name, each in both.items() if each is not None}
+        return {**super().as_dict(), "sweeps": sweeps, "units": len(self.works), "units_of": len(self.units)}
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -90,6 +92,7 @@ def plan_anchors(
     examples: Examples,
     given: Mapping[str, Given],
     save: Path | None,
+    calibration: Calibration | None = None,
 ) -> AnchorPlan:
     """The plan of a recipe; `start` is its start's resolution, `given` are anchors that are there.
 
@@ -100,7 +103,7 @@ def plan_anchors(
     assert recipe.base_model is not None
     experts = [source.model for source in recipe.models if source.model != recipe.base_model]
     opened = [checkpoints[model] for model in (recipe.base_model, *experts)]
-    every = _works(recipe, resolution, stack, examples, len(experts))
+    every = _works(recipe, resolution, stack, examples, len(experts), calibration)
     first, last = recipe.extra.get("units", (0, len(every) - 1))
     if last >= len(every):
         raise RecipeError(f"{recipe.where}: units: the model has units 0-{len(every) - 1}, {last} is none of them")
@@ -113,13 +116,17 @@ def plan_anchors(
     inside = {name for work in works for name in work.part.stage.tensors}
     needs = needs_of(stack, works)
     begun = _start(recipe, start, checkpoints, within, works, needs) if recipe.extra["start"] != "base" else None
-    sweep, beside = _sweep(stack, opened, works, needs, begun, limits)
+    fit = Fit(limits)
+    sweeps = [] if calibration is None else [plan_inputs(fit, stack, opened[0], works, calibration)]
+    constants = sum(inputs.constants_bytes for inputs, _ in sweeps)
+    sweeps.append(_sweep(stack, opened, works, needs, begun, limits, fit, constants))
+    fit.check()
     shapes = {key(work.number, e): work.shape for work in works for e in range(len(experts))}
     rest = tuple(tensor for tensor in plan.tensors if tensor.job.name not in inside)
     own = {
         "works": tuple(works),
         "stack": stack,
-        "sweep": sweep,
+        "sweep": sweeps[-1][0],
         "start": begun,
         "rest": rest,
         "planned": planned,
@@ -128,8 +135,10 @@ def plan_anchors(
         "save": save,
         "units": tuple(work.part.name for work in every),
         "experts": len(experts),
+        "calibration": calibration,
+        "forward": sweeps[0][0] if calibration is not None else None,
     }
-    return AnchorPlan(**_whole(plan, begun, sweep, beside, rest, given, limits, own), **own)  # type: ignore[arg-type]
+    return AnchorPlan(**_whole(plan, begun, sweeps, rest, given, limits, own), **own)  # type: ignore[arg-type]
 
 
 def start_method(recipe: Recipe) -> str:
@@ -138,7 +147,14 @@ def start_method(recipe: Recipe) -> str:
     return str(start if start == "base" else start["merge_method"])
 
 
-def _works(recipe: Recipe, resolution: Resolution, stack: Stack, examples: Examples, experts: int) -> list[Work]:
+def _works(
+    recipe: Recipe,
+    resolution: Resolution,
+    stack: Stack,
+    examples: Examples,
+    experts: int,
+    calibration: Calibration | None,
+) -> list[Work]:
     """All units of the model, each with its settings: those of its first tensor."""
     jobs = {job.name: job for job in resolution.jobs}
     kinds = {job.parameters["unit"] for job in resolution.jobs if job.method == recipe.merge_method}
@@ -157,7 +173,8 @@ def _works(recipe: Recipe, resolution: Resolution, stack: Stack, examples: Examp
             raise RecipeError(f"{recipe.where}: adapt: closed_form solves linear maps; {part.name} has none")
         example = examples(settings.tokens) if part.whole else None
         shape = anchor_shape(stack, part, settings.anchors, example)
-        found.append(Work(part, settings, shape, experts, example))
+        tried = tried_shapes(calibration, part.whole, settings.rows, shape)
+        found.append(Work(part, settings, shape, experts, example, tried))
     return found
 
 
@@ -203,14 +220,16 @@ def _sweep(
     needs: Sequence[Needs],
     start: Plan | None,
     limits: Limits,
+    fit: Fit,
+    constants: int,
 ) -> tuple[SweepPlan, int]:
-    """Visits and their budget; bytes of the host beside."""
+    """Visits and their budget; bytes of the host beside. `constants` are those of real inputs."""
     stages = [replace(work.part.stage, index=at) for at, work in enumerate(works)]
     sources = Sources(with_stages(stack, stages), opened)
     visits: list[Visit] = []
     costs: list[int] = []
     held = 0 if start is None else start.ram_peak_bytes - start.held_bytes
-    beside = 0
+    beside = moved_bytes(works) if limits.on_gpu else 0
     for work, need, stage in zip(works, needs, stages, strict=True):
         loaded = sources.parameters(stage, (), True)
         others = [sources.raw(stage, 1 + e, stage.tensors) for e in range(work.experts)]
@@ -226,29 +245,27 @@ def _sweep(
     here = RING + HEAP + beside
     allowed = SweepLimits(max(limits.ram - here, 1), limits.vram if limits.on_gpu else None, limits.device)
     try:
-        return fit_visits(sources, Hooks(), None, tuple(visits), costs, 0, scratch, allowed), here
+        return fit_visits(sources, Hooks(), None, tuple(visits), costs, constants, scratch, allowed), here
     except BudgetTooSmall as error:
         device = "--vram" in str(error)
-        least = round_up((error.least or 0) + (0 if device else here) + MIB, MIB)
-        option, limit = ("--vram", limits.vram) if device else ("--ram", limits.ram)
-        raise BudgetTooSmall(
-            f"a unit needs at least {human(least)} and {human(limit)} are allowed; give {option} {least // MIB}MiB or "
-            "more, or smaller rows or fewer anchors",
-            least,
-        ) from None
+        fit.short("a unit", "--vram" if device else "--ram", (error.least or 0) + (0 if device else here))
+    fit.check(", or smaller rows or fewer anchors")
+    raise AssertionError("what is short was noted")
 
 
 def _whole(
     plan: Plan,
     start: Plan | None,
-    sweep: SweepPlan,
-    beside: int,
+    sweeps: Sequence[tuple[SweepPlan, int]],
     rest: Sequence[PlannedTensor],
     given: Mapping[str, Given],
     limits: Limits,
     own: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The fields of a Plan, all parts together: they follow each other, so bytes add up and peaks do not."""
+    """The fields of a Plan, all parts together: they follow each other, so bytes add up and peaks do not.
+
+    `sweeps` come with bytes of the host beside them.
+    """
     values = {item.name: getattr(plan, item.name) for item in fields(Plan)}
     tiled = sum(spec.nbytes for tensor in rest for spec in tensor.inputs)
     work = {
@@ -256,18 +273,19 @@ def _whole(
         "start": None if start is None else start.digest,
         "given": [[name, _identity(each)] for name, each in given.items()],
         "computed_on": "cpu" if limits.device == "cpu" else "cuda",
+        "calibration": None if own["calibration"] is None else own["calibration"].digest,
     }
     return values | {
         "digest": hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest(),
         "device": limits.device,
         "ram_budget_bytes": limits.ram,
-        "ram_peak_bytes": max(plan.ram_peak_bytes + RING, sweep.ram_peak_bytes + beside),
+        "ram_peak_bytes": max(plan.ram_peak_bytes + RING, *(each.ram_peak_bytes + beside for each, beside in sweeps)),
         "vram_budget_bytes": limits.vram,
-        "vram_peak_bytes": sweep.vram_peak_bytes,
-        "read_bytes": tiled + sweep.read_bytes + (0 if start is None else start.read_bytes),
+        "vram_peak_bytes": max(each.vram_peak_bytes for each, _ in sweeps),
+        "read_bytes": tiled + sum(each.read_bytes for each, _ in sweeps) + (0 if start is None else start.read_bytes),
         "write_bytes": plan.write_bytes + own["anchors"].shard.size,
-        "passes": 1 + (start is not None),
-        "steps": len(sweep.visits),
+        "passes": len(sweeps) + (start is not None),
+        "steps": sum(len(each.visits) for each, _ in sweeps),
         "out_bytes": max(plan.out_bytes, RING),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.budget import Budget
 from streammerge.engine.anchor_bench import Bench, Turn
 from streammerge.engine.anchor_files import key, save_folder
+from streammerge.engine.anchor_inputs import Inputs
 from streammerge.engine.anchor_plan import AnchorPlan
 from streammerge.engine.anchor_work import Work
 from streammerge.engine.anchoring import Anchoring
@@ -20,6 +21,7 @@ from streammerge.engine.sinks import MemorySink
 from streammerge.errors import MachineError
 from streammerge.formats.header import TensorSpec
 from streammerge.store.scatter import ScatterWriter
+from streammerge.store.scratch import Scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +70,10 @@ class AnchorRun(LayerRun):
             visits=tuple(visit for _, visit, _ in left),
             work_bytes=tuple(size for _, _, size in left),
         )
-        with Sweep(sweep_plan, folder=self._writer.partial, reader=self._reader, cancelled=self._cancelled) as sweep:
-            hooks.bench = self._bench(sweep)
+        options: dict[str, Any] = {"folder": self._writer.partial, "reader": self._reader, "cancelled": self._cancelled}
+        works = [turn.work for turn, _, _ in left if turn.expert is None]
+        with self._inputs(works) as inputs, Sweep(sweep_plan, **options) as sweep:
+            hooks.bench = self._bench(sweep, inputs)
             try:
                 sweep.layers()
             finally:
@@ -80,7 +84,26 @@ class AnchorRun(LayerRun):
         names = work.part.stage.tensors
         return all(name in self._writer.sealed(self.plan.planned[name].shard) for name in names)
 
-    def _bench(self, sweep: Sweep) -> Bench:
+    @contextmanager
+    def _inputs(self, works: Sequence[Work]) -> Iterator[Inputs | None]:
+        """What these units are given in reality, if that decides when to stop. All of it is in files."""
+        plan = self.plan.forward
+        if plan is None:
+            yield None
+            return
+        assert self.plan.calibration is not None
+        self._told("what units are given", 0.0, 0)
+        scratch = Scratch(Budget(0), 0, folder=self._writer.partial)
+        inputs = Inputs(works, self.plan.calibration, scratch)
+        try:
+            self._sweep(replace(plan, hooks=inputs), self.plan.calibration.batches)
+            inputs.close()
+            yield inputs
+        finally:
+            inputs.close()
+            scratch.close()
+
+    def _bench(self, sweep: Sweep, inputs: Inputs | None) -> Bench:
         plan = self.plan
         assert plan.anchors is not None
         assert plan.stack is not None
@@ -93,6 +116,7 @@ class AnchorRun(LayerRun):
             done={name: self.findings.anchors.get(name, {}) for name in sealed},
             writer=self._writer,
             scratch=sweep.scratch,
+            inputs=inputs,
             device=sweep.plan.place,
             seed=plan.seed,
             start=None if plan.start is None else self._start,

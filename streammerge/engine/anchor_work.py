@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from streammerge.engine.layers_measure import count_live
@@ -15,6 +16,7 @@ from streammerge.models.stack import Stack
 if TYPE_CHECKING:
     from torch import Tensor
 
+PIECES = 32 << 20  # bytes of freed memory, below which it is kept for the next step
 PROBES = 4  # random inputs that show which entries of vectors have no gradient
 
 
@@ -27,6 +29,7 @@ class Work:
     shape: tuple[int, ...]
     experts: int
     example: Example | None
+    tried: tuple[tuple[int, ...], ...] = ()  # the largest real inputs on which it is tried
 
     @property
     def number(self) -> int:
@@ -119,7 +122,7 @@ def construct_bytes(work: Work, runner: Runner) -> int:
     import torch
 
     base = _meta(work.part)
-    runner.prepare(counts(work))
+    runner.prepare(run_shapes(work))
     live = count_live(list(base.values()))
     with live:
         tau = {name: torch.empty_like(value) for name, value in base.items()}
@@ -130,6 +133,8 @@ def construct_bytes(work: Work, runner: Runner) -> int:
             course.loss()
             course.step()
         network.outputs(anchors[: micro(work)])
+        for shape in work.tried:
+            network.outputs(torch.empty(shape, device="meta"))
         if work.solves:
             record_inputs(runner, base, anchors)
     rows = 8 * (math.prod(work.shape) + math.prod(work.shape[:-1]))  # drawn on the host, with places of rows
@@ -152,9 +157,21 @@ def adapt_bytes(work: Work, runner: Runner) -> int:
         with torch.no_grad():
             wanted = [runner(anchors[0][: micro(work)], base)] * work.experts
         targets = [torch.empty((work.shape[0], *each.shape[1:]), device="meta") for each in wanted]
-        course = work.settings.adaptation(runner, {**base}, moves, anchors, targets)
+        trial = partial(_trial, work, runner, base) if work.tried else None
+        course = work.settings.adaptation(runner, {**base}, moves, anchors, targets, trial)
         course.step(course.everything[: work.settings.batch])
+        if trial is not None:
+            course.look()
     return int(live.peak)
+
+
+def _trial(work: Work, runner: Runner, base: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Real inputs of the largest shapes, with what experts return."""
+    import torch
+
+    for shape in work.tried:
+        x = torch.empty(shape, device="meta")
+        yield x, [torch.empty_like(runner(x, base)) for _ in range(work.experts)]
 
 
 def _solving_bytes(work: Work) -> int:
@@ -175,9 +192,10 @@ def micro(work: Work) -> int:
     return int(max(1, min(work.shape[0], work.settings.rows // max(1, math.prod(work.shape[1:-1])))))
 
 
-def counts(work: Work) -> set[int]:
-    """How many anchors run at once in construction."""
-    return {micro(work), work.shape[0] % micro(work) or micro(work), min(PROBES, work.shape[0])}
+def run_shapes(work: Work) -> set[tuple[int, ...]]:
+    """What runs at once in construction: so many anchors, and real inputs."""
+    counts = (micro(work), work.shape[0] % micro(work) or micro(work), min(PROBES, work.shape[0]))
+    return {*((count, *work.shape[1:]) for count in counts), *work.tried}
 
 
 def _meta(part: Part) -> dict[str, Tensor]:

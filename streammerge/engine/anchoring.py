@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from streammerge.engine.anchor_bench import Bench, Turn
 from streammerge.engine.anchor_files import key
-from streammerge.engine.anchor_work import PROBES, Work, counts, micro, record_inputs, vectors
+from streammerge.engine.anchor_work import PIECES, PROBES, Work, micro, record_inputs, run_shapes, vectors
 from streammerge.engine.layers_hooks import Hooks, Loaded
 from streammerge.engine.units import Runner
 from streammerge.errors import Interrupted
@@ -21,7 +22,6 @@ from streammerge.models.build import return_freed_memory
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIECES = 32 << 20  # bytes of freed memory, below which it is kept for the next step
 KEEP = 200  # points of a curve that is kept, at most
 
 
@@ -58,7 +58,7 @@ class _Visit:
     def construct(self, expert: int) -> None:
         """Make the anchors of one expert, or take up those that are there, and keep what adaptation needs."""
         bench, work = self._bench, self._work
-        self._runner.prepare(counts(work))
+        self._runner.prepare(run_shapes(work))
         masks = self._masks() if self._makes(expert) else {}
         tau = self._tau(1 + expert)
         network = work.settings.network(self._runner, self._base, tau, work.part.gated)
@@ -66,6 +66,8 @@ class _Visit:
         if not work.solves:
             bench.scratch.put((expert, "x"), anchors)
             bench.scratch.put((expert, "y"), self._outputs(network, anchors))
+            if bench.inputs is not None:
+                bench.inputs.teach(work, expert, network, self._runner)
         else:
             self._keep_inputs(expert, anchors, tau)
         if notes is not None:
@@ -160,6 +162,8 @@ class _Visit:
         bench.writer.seal([(bench.planned[name].shard, name) for name in self._loaded.stage.tensors], [note])
         self._tell("written", 0.0, written)
         bench.scratch.clear()
+        if bench.inputs is not None:
+            bench.inputs.drop(work)
 
     def _begin(self, start: dict[str, Tensor] | None, moves: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The unit's weights to begin with, where the base's lie: no later visit needs those. `moves` get how far."""
@@ -186,7 +190,10 @@ class _Visit:
         theta = self._begin(start, moves[0] if moves and work.settings.alphas == "merged" else None)
         anchors = [bench.scratch.get((e, "x"), bench.device) for e in range(work.experts)]
         targets = [bench.scratch.get((e, "y"), bench.device) for e in range(work.experts)]
-        course = work.settings.adaptation(self._runner, theta, moves, anchors, targets)
+        trial = None
+        if bench.inputs is not None and bench.inputs.has(work):
+            trial = partial(bench.inputs.trial, work, bench.device)
+        course = work.settings.adaptation(self._runner, theta, moves, anchors, targets, trial)
         share = work.adapt_load / max(1, course.total)
 
         def told(step: int, steps: int, loss: float) -> None:

@@ -72,7 +72,7 @@ class Sweep:
         return self._reader.bytes_read
 
     def run(self, batches: Sequence[Batch], done: Collection[str] = ()) -> list[float]:
-        """One sweep: forward, and backward if the hooks want gradients. The losses, one per batch.
+        """One sweep: forward, and backward if the hooks want gradients. The losses, one per batch; none without a loss.
 
         `done` names stages whose results are there already. Raises Interrupted if cancelled between two visits.
         """
@@ -95,6 +95,8 @@ class Sweep:
         except BaseException:
             self.scratch.close()
             raise
+        if self._loss is None:  # no head takes what the last layer returned
+            self.scratch.clear()
         assert not len(self.scratch), "something is kept that no layer takes"
         self._hooks.step(losses)
         return losses

@@ -123,14 +123,14 @@ def plan_sweep(
     stack: Stack,
     checkpoints: Sequence[Checkpoint],
     batches: Sequence[Batch],
-    loss: Loss,
+    loss: Loss | None,
     hooks: Hooks,
     limits: Limits | None = None,
 ) -> SweepPlan:
     """The plan of a sweep over batches of these shapes, or smaller ones.
 
     The model runs with the first checkpoint; `hooks.reads` may ask for the others. Hooks that want no gradients get a
-    forward pass alone.
+    forward pass alone; without a loss it ends behind the last layer.
 
     Raises:
         BudgetTooSmall: it does not fit; `least` would do.
@@ -141,13 +141,16 @@ def plan_sweep(
         raise RecipeError(f"{limits.group} layers at a time; give 1 or more")
     sources = Sources(stack, checkpoints)
     visits = sweep_order(sources, hooks, limits.group)
+    if loss is None:
+        assert hooks.gradients == "none", "gradients are those of a loss"
+        visits = visits[:-1]
     shapes = _Shapes(stack, batches)
     works = [_work(stack, hooks, loss, visit, shapes) for visit in visits]
     if limits.graphs:
         assert limits.group >= len(stack.layers), "layers that leave memory cannot keep their graphs"
         assert not hooks.panels
     held = shapes.constants + (shapes.graphs(loss) + 2 * PIECE if limits.graphs else 0)
-    plan = fit_visits(sources, hooks, loss, visits, works, held, shapes.kept(limits), limits)
+    plan = fit_visits(sources, hooks, loss, visits, works, held, shapes.kept(limits, hooks.gradients != "none"), limits)
     return replace(plan, graphs=limits.graphs)
 
 
@@ -184,7 +187,7 @@ class _Shapes:
             for key, (record, _, _) in self.kinds.items()
         )
 
-    def arithmetic(self, stage: Stage, kind: str, loss: Loss, learns: bool) -> int:
+    def arithmetic(self, stage: Stage, kind: str, loss: Loss | None, learns: bool) -> int:
         """What a stage holds for one batch of a kind, beside weights and their gradients' sums."""
         record, values, _ = self.kinds[kind]
         hidden = _bytes(values[0, 0])
@@ -197,16 +200,16 @@ class _Shapes:
             self._measured[key] = layer_bytes(self._stack, stage, call, values, learns)
         return self._measured[key] + 4 * hidden
 
-    def graphs(self, loss: Loss) -> int:
+    def graphs(self, loss: Loss | None) -> int:
         """What autograd keeps of all layers and batches, at most."""
         layers = [stage for stage in self._stack.stages if stage.kind == "layer"]
         each = {kind: sum(self.arithmetic(stage, kind, loss, True) for stage in layers) for kind in self.kinds}
         return sum(self._counts[kind] * size for kind, size in each.items())
 
-    def kept(self, limits: Limits) -> int:
-        """Bytes of hidden states and gradients that are kept at once, at most."""
+    def kept(self, limits: Limits, learns: bool) -> int:
+        """Bytes of hidden states and gradients that are kept at once, at most; forward, the latest states."""
         layers = len(self._stack.layers)
-        boundaries = -(-layers // limits.group) + 1
+        boundaries = -(-layers // limits.group) + 1 if learns else 0
         found = 0
         for key, (record, shapes, _) in self.kinds.items():
             hidden = _bytes(shapes[0, 0], limits.scratch) * (boundaries + 1 + limits.group)
@@ -220,7 +223,7 @@ def _bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     return int(tensor.numel() * kept.itemsize)
 
 
-def _work(stack: Stack, hooks: Hooks, loss: Loss, visit: Visit, shapes: _Shapes) -> int:
+def _work(stack: Stack, hooks: Hooks, loss: Loss | None, visit: Visit, shapes: _Shapes) -> int:
     """The most that the arithmetic of a visit holds at once, and the method beside it."""
     most = 0
     for index in visit.stages:
@@ -239,7 +242,7 @@ def _work(stack: Stack, hooks: Hooks, loss: Loss, visit: Visit, shapes: _Shapes)
     return most
 
 
-def _logits_bytes(stack: Stack, loss: Loss, tokens: int) -> int:
+def _logits_bytes(stack: Stack, loss: Loss | None, tokens: int) -> int:
     """Logits in fp32, logarithms of probabilities, the gradients of both, and two temporaries."""
     words = 0 if stack.vocabulary is None else int(stack.vocabulary.out_features)
     chunk = loss.chunk if isinstance(loss, CrossEntropy) else None

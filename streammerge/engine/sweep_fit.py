@@ -45,7 +45,7 @@ class Fit:
             return make_plan(recipe, resolution, checkpoints, within)
         except BudgetTooSmall as error:
             least = error.least or 0
-            self._short("this merge", "--ram", least + RING)
+            self.short("this merge", "--ram", least + RING)
             return make_plan(recipe, resolution, checkpoints, replace(within, ram=least + SPARE))
 
     def sweep(
@@ -53,12 +53,12 @@ class Fit:
         stack: Stack,
         checkpoints: list[Checkpoint],
         batches: Sequence[Batch],
-        loss: Loss,
+        loss: Loss | None,
         hooks: Any,
         beside: int = 0,
     ) -> SweepPlan:
         """A sweep within what the ring of results, what launches need on a GPU, and `beside`, bytes of the host that
-        stay from sweep to sweep, leave of the budget.
+        stay from sweep to sweep, leave of the budget. Without a loss it goes forward to the last layer, and no further.
         """
         limits = self._limits
         there, here = LAUNCHES_THERE, self.here + beside
@@ -71,10 +71,10 @@ class Fit:
                 least = error.least or 0
                 if "--vram" in str(error):
                     vram = least + SPARE
-                    self._short("a sweep over the layers", "--vram", least + there)
+                    self.short("a sweep over the layers", "--vram", least + there)
                 else:
                     ram = least + SPARE
-                    self._short("a sweep over the layers", "--ram", least + here)
+                    self.short("a sweep over the layers", "--ram", least + here)
 
     def resident(
         self, stack: Stack, checkpoints: list[Checkpoint], batches: Sequence[Batch], loss: Loss, hooks: Any, beside: int
@@ -93,13 +93,18 @@ class Fit:
         """Bytes of the host beside a sweep's own."""
         return RING + (LAUNCHES_HERE if self._limits.on_gpu else 0)
 
-    def _short(self, what: str, option: str, least: int) -> None:
+    @property
+    def on_gpu(self) -> bool:
+        return self._limits.on_gpu
+
+    def short(self, what: str, option: str, least: int) -> None:
+        """Note that something needs so much of a budget, which has less."""
         if least > self._least[option]:
             self._least[option] = least
             self._what = what
 
-    def check(self) -> None:
-        """Refuse what does not fit.
+    def check(self, hint: str = "") -> None:
+        """Refuse what does not fit; `hint` is another way out.
 
         Raises:
             BudgetTooSmall: some part did not; `least` would do for all.
@@ -109,6 +114,6 @@ class Fit:
                 least = round_up(self._least[option] + MIB, MIB)
                 raise BudgetTooSmall(
                     f"{self._what} needs at least {human(least)} and {human(limit)} are allowed; give {option} "
-                    f"{least // MIB}MiB or more",
+                    f"{least // MIB}MiB or more{hint}",
                     least,
                 )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError
 from streammerge.models.record import Call, each_tensor, fill, tensors
+from streammerge.models.shapes import no_memory
 from streammerge.models.stack import Batch, Stack
 from streammerge.models.stage import Stage
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MLPS = ("mlp", "feed_forward", "ffn", "ff")
 GATED = ("gate_proj", "up_proj", "down_proj")
+ROUTED = "experts"  # the module of a layer that sends each token to a few of them
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def find_parts(stack: Stack, unit: str) -> list[Part]:
     """All units of a kind, from the first layer to the last.
 
     Raises:
-        RecipeError: a layer has none.
+        RecipeError: a layer has none, one is inside another, or it sends tokens to experts.
     """
     found: list[Part] = []
     for layer in stack.stages:
@@ -80,8 +82,23 @@ def find_parts(stack: Stack, unit: str) -> list[Part]:
         if not paths:
             raise RecipeError(f"unit: {unit!r} is in no module of {layer.name}; {_known(layer)}")
         for path in paths:
+            _check_alone(layer, path, paths)
             found.append(Part(_part(layer, path, len(found)), layer))
     return found
+
+
+def _check_alone(layer: Stage, path: str, paths: Sequence[str]) -> None:
+    assert layer.module is not None
+    name, inner = f"{layer.name}.{path}" if path else layer.name, f"{path}." if path else ""
+    within = next((other for other in paths if other != path and other.startswith(inner)), None)
+    if within is not None:
+        raise RecipeError(f"unit: {within!r} is inside {path!r} of {layer.name}; give a pattern of one of them")
+    modules = [f"{inner}{below}".rstrip(".") for below, _ in layer.module.get_submodule(path).named_modules()]
+    if any(each.rpartition(".")[2] == ROUTED for each in modules):
+        raise RecipeError(
+            f"{name} sends tokens to experts of its own, to some of which no anchor may go; give a unit without them, "
+            "as linear or self_attn.*_proj"
+        )
 
 
 def default_unit(stack: Stack) -> str:
@@ -152,14 +169,14 @@ class Example:
     def __init__(self, config: Any, tokens: int) -> None:
         self._config, self._tokens = config, tokens
 
-    def __call__(self, count: int) -> Batch:
+    def __call__(self, count: int, tokens: int | None = None) -> Batch:
         import torch
 
         size = getattr(self._config, "image_size", None)
         if size is not None and getattr(self._config, "vocab_size", None) is None:
             height, width = (size, size) if isinstance(size, int) else size
             return {"pixel_values": torch.zeros(count, self._config.num_channels, height, width)}
-        ids = torch.zeros((count, self._tokens), dtype=torch.int64)
+        ids = torch.zeros((count, tokens or self._tokens), dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -168,7 +185,7 @@ class Runner:
 
     def __init__(self, stack: Stack, part: Part, example: Example | None, device: Any) -> None:
         self._stack, self._part, self._example, self.device = stack, part, example, device
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[tuple[int, int], Call] = {}
         module = part.stage.module
         assert module is not None
         self.module = module
@@ -180,34 +197,42 @@ class Runner:
         args: Any = (x,)
         kwargs: dict[str, Any] = {}
         if self._part.whole:
-            call = self._call(len(x))
-            args, kwargs = fill(call, {call.takes[0]: x})
+            call = self._call(x.shape)
+            args, kwargs = each_tensor(
+                fill(call, {call.takes[0]: x}), lambda value: value.to(x.dtype) if value.is_floating_point() else value
+            )
         local = {**self._part.stage.local(weights), **self._buffers}
         return next(tensors(functional_call(self.module, local, args, kwargs, tie_weights=False)))
 
-    def prepare(self, counts: Iterable[int]) -> None:
-        """Find out now what so many anchors are run with: the model's own forward runs for it."""
-        for count in counts if self._part.whole else ():
-            self._call(count)
+    def prepare(self, shapes: Iterable[Sequence[int]]) -> None:
+        """Find out now what inputs of these shapes are run with: the model's own forward runs for it."""
+        for shape in shapes if self._part.whole else ():
+            self._call(shape)
 
-    def _call(self, count: int) -> Call:
-        """What the layer is called with for `count` anchors.
+    def _call(self, shape: Sequence[int]) -> Call:
+        """What the layer is called with for an input [count, tokens, d].
 
         Raises:
             RecipeError: it needs more than a hidden state.
         """
-        if count not in self._calls:
+        count, tokens = shape[:2]
+        if (count, tokens) not in self._calls:
             assert self._example is not None
             there = "cpu" if _on_meta(self.device) else self.device  # where the model's buffers are
-            batch = {name: value.to(there) for name, value in self._example(count).items()}
-            call = self._stack.enter({}, batch).calls[self._part.layer.index - 1]
+            batch = {name: value.to(there) for name, value in self._example(count, tokens).items()}
+            call = self._stack.enter(self._embedding(there), batch).calls[self._part.layer.index - 1]
             if len(call.takes) > 1:
                 raise RecipeError(
-                    f"{self._part.name} needs what earlier layers compute, so it is no unit; choose another"
+                    f"{self._part.name} needs what earlier layers compute, so it is no unit; choose a part, as linear"
                 )
             args, kwargs = each_tensor((call.args, call.kwargs), lambda tensor: tensor.detach().to(self.device))
-            self._calls[count] = Call(args, kwargs, call.takes, call.gives)
-        return self._calls[count]
+            self._calls[count, tokens] = Call(args, kwargs, call.takes, call.gives)
+        return self._calls[count, tokens]
+
+    def _embedding(self, device: Any) -> dict[str, Tensor]:
+        """Weights without content that require a gradient, so that what comes of them is no constant."""
+        parameters = self._stack.stages[0].parameters.items()
+        return {name: no_memory(tuple(p.shape), p.dtype, device).requires_grad_() for name, p in parameters}
 
 
 def _on_meta(device: Any) -> bool:

@@ -11,13 +11,16 @@
 The distance is minus the cosine of all that a unit returns for one anchor, or the squared or absolute difference.
 Adam's steps on alpha are made on theta: an entry that no move has changed stays as it is, to the bit. A tensor's step
 is made as soon as its gradient is whole, and the gradient is gone before the next tensor's.
+
+When to stop: after every epoch the same distance is taken on what is not learned from, anchors that are held out or
+real inputs (`Trial`). The best weights are kept; PATIENCE epochs without better ones are the end.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,7 +37,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 1 << 22  # elements of a tensor that Adam works on at a time
-PATIENCE = 3  # epochs without a better loss of held-out anchors, after which adaptation stops
+PATIENCE = 3  # epochs without a better trial, after which adaptation stops
+
+
+Trial = Callable[[], Iterable[tuple["Tensor", Sequence["Tensor"]]]]  # inputs, and what some experts return for them
 
 
 def distances(y: Tensor, wanted: Tensor, distance: str) -> Tensor:
@@ -63,7 +69,7 @@ class Course:
 
 
 class Adaptation:
-    """One unit's. `theta` is changed in place; `kept` are the best weights where anchors are held out."""
+    """One unit's. `theta` is changed in place; `kept` are the best weights where something is tried."""
 
     def __init__(
         self,
@@ -73,8 +79,12 @@ class Adaptation:
         anchors: Sequence[Tensor],
         targets: Sequence[Tensor],
         course: Course,
+        trial: Trial | None = None,
     ) -> None:
-        """`moves` are empty where weights are learned; anchors and targets are one tensor for each expert."""
+        """`moves` are empty where weights are learned; anchors and targets are one tensor for each expert.
+
+        `trial` decides when to stop, in place of held-out anchors.
+        """
         import torch
 
         self._run, self._course = run, course
@@ -90,12 +100,13 @@ class Adaptation:
         ]
         self._anchors, self._targets = anchors, targets
         held = [math.ceil(course.held_out * len(x)) if course.held_out else 0 for x in anchors]
-        pairs = [np.array([(i, j) for j in range(len(x))]) for i, x in enumerate(anchors)]
+        pairs = [np.column_stack([np.full(len(x), i), np.arange(len(x))]) for i, x in enumerate(anchors)]
         self._train = np.concatenate([some[: len(some) - held[i]] for i, some in enumerate(pairs)])
         self._held = np.concatenate([some[len(some) - held[i] :] for i, some in enumerate(pairs)])
         self._micro = max(1, course.rows // max(1, math.prod(anchors[0].shape[1:-1])))
         self._step = 0
-        self.kept = {name: value.detach().clone() for name, value in theta.items()} if len(self._held) else theta
+        self._trial = trial or (self._held_out if len(self._held) else None)
+        self.kept = {name: value.detach().clone() for name, value in theta.items()} if self._trial else theta
 
     @property
     def everything(self) -> np.ndarray:
@@ -104,13 +115,13 @@ class Adaptation:
 
     @property
     def total(self) -> int:
-        """Steps, unless held-out anchors end it."""
+        """Steps, unless a trial ends it."""
         return self._course.steps or self._course.epochs * -(-len(self._train) // self._course.batch)
 
     def run(
         self, order: Callable[[int], np.random.Generator], told: Callable[[int, int, float], None]
     ) -> tuple[list[float], list[float]]:
-        """The mean loss of every epoch, and of held-out anchors before the first and after every epoch.
+        """The mean loss of every epoch, and that of the trial before the first and after every epoch.
 
         `order(epoch)` draws the order of anchors; `told` hears the number of steps done, of all, and a loss.
 
@@ -120,7 +131,7 @@ class Adaptation:
         course, count = self._course, len(self._train)
         total = self.total
         losses: list[float] = []
-        tried = [self._try()] if len(self._held) else []
+        tried = [self.look()] if self._trial else []
         while self._step < total:
             chosen = order(len(losses)).permutation(count)
             seen = loss = 0.0
@@ -134,12 +145,12 @@ class Adaptation:
             losses.append(loss / seen)
             if not math.isfinite(losses[-1]):
                 raise RecipeError(f"the adaptation loss is {losses[-1]}; give a smaller adapt_lr")
-            if len(self._held) and self._is_over(tried):
+            if self._trial and self._is_over(tried):
                 break
         return losses, tried
 
     def _is_over(self, tried: list[float]) -> bool:
-        tried.append(self._try())
+        tried.append(self.look())
         if tried[-1] <= min(tried):
             for name, value in self.kept.items():
                 value.copy_(self.theta[name].detach())
@@ -196,15 +207,26 @@ class Adaptation:
                 change = step if change is None else change.add_(step)
             now.add_(change)
 
-    def _try(self) -> float:
+    def look(self) -> float:
+        """The mean distance of a trial."""
         import torch
 
-        found = 0.0
+        assert self._trial is not None
+        found, count = 0.0, 0
         with torch.no_grad(), exact_products():
-            for at in range(0, len(self._held), self._micro):
-                x, wanted = self._pick(self._held[at : at + self._micro])
-                found += float(distances(self._run(x, self.theta), wanted, self._course.distance).sum())
-        return found / len(self._held)
+            for x, several in self._trial():
+                y = self._run(x, self.theta)
+                for wanted in several:
+                    far = distances(y, wanted, self._course.distance).sum()
+                    found += 0.0 if far.is_meta else float(far)
+                count += len(x) * len(several)
+                del x, several, y, wanted  # before the next ones come
+        return found / count
+
+    def _held_out(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        for at in range(0, len(self._held), self._micro):
+            x, wanted = self._pick(self._held[at : at + self._micro])
+            yield x, [wanted]
 
     def _pick(self, some: np.ndarray) -> tuple[Tensor, Tensor]:
         """Anchors and targets of a micro-batch, expert by expert."""

@@ -1,4 +1,4 @@
-"""Activations and layer norms for autograd, whose second derivatives are one pass over memory each on the CPU.
+"""Activations, layer norms and softmax for autograd, whose second derivatives are one pass over memory on the CPU.
 
 `curved` maps torch's functions to ours. They are what torch computes going forward; what they return can be
 differentiated twice by their input, and once by weights: a second derivative by weights is never asked for.
@@ -21,7 +21,7 @@ def curved() -> dict[Callable[..., Any], Callable[..., Any]]:
     import torch
     from torch.nn import functional
 
-    norm, bend = _norm(), _bend()
+    norm, bend, shares = _norm(), _bend(), _softmax()
 
     def known(x: Tensor) -> bool:
         return x.dtype == torch.float32 and x.device.type in ("cpu", "meta")
@@ -39,7 +39,17 @@ def curved() -> dict[Callable[..., Any], Callable[..., Any]]:
     def silu(x: Tensor, inplace: bool = False) -> Tensor | None:
         return torch.as_tensor(bend.apply(x, SILU)) if known(x) and not inplace else None
 
-    return {functional.layer_norm: layer_norm, functional.gelu: gelu, functional.silu: silu}
+    def softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor | None:
+        if not known(x) or dim not in (-1, x.dim() - 1) or dtype not in (None, x.dtype):
+            return None
+        return torch.as_tensor(shares.apply(x))
+
+    return {
+        functional.layer_norm: layer_norm,
+        functional.gelu: gelu,
+        functional.silu: silu,
+        functional.softmax: softmax,
+    }
 
 
 GELUS, SILU = {"none": 0, "tanh": 1}, 2  # as kernels/host/curves.py numbers them
@@ -149,3 +159,49 @@ def _bend() -> Any:
             return Back.apply(given[0], *ctx.saved_tensors, ctx.kind), None
 
     return Bend
+
+
+@cache
+def _softmax() -> Any:
+    import torch
+    from torch.autograd import Function
+
+    from streammerge.kernels.host import curves
+
+    def share(work: Callable[..., None], *tensors: Tensor) -> None:
+        n = tensors[0].shape[-1]
+
+        def part(first: int, last: int) -> None:
+            work(last - first, n, *(each.data_ptr() + 4 * first * n for each in tensors))
+
+        _shared(part, tensors[0], tensors[0].numel() // n)
+
+    class Back(Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, dy: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            dy, dx = dy.contiguous(), torch.empty_like(y)
+            ctx.save_for_backward(dy, y)
+            share(curves.softmax_back, y, dy, dx)
+            return dx
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            dy, y = ctx.saved_tensors
+            to_dy, to_x = torch.empty_like(y), torch.empty_like(y)
+            share(curves.softmax_twice, y, dy, given[0].contiguous(), to_dy, to_x)
+            return to_dy, to_x, None
+
+    class Softmax(Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            x = x.contiguous()
+            y = torch.empty_like(x)
+            share(curves.softmax, x, y)
+            ctx.save_for_backward(x, y)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            return Back.apply(given[0], *ctx.saved_tensors)
+
+    return Softmax

@@ -21,21 +21,41 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 @contextmanager
 def products(precision: str, device: Any) -> Iterator[None]:
     """Within the block torch's fp32 products are as exact as that."""
+    unit = _rounding_unit(precision, device)
+    if unit is None:
+        with exact_products():
+            yield
+        return
+    before = unit.fp32_precision
+    unit.fp32_precision = precision
+    try:
+        yield
+    finally:
+        unit.fp32_precision = before
+
+
+@contextmanager
+def exact_within(precision: str, device: Any) -> Iterator[None]:
+    """Within the block, itself within one of `products(precision, device)`, products are fp32."""
+    unit = _rounding_unit(precision, device)
+    if unit is None:
+        yield
+        return
+    unit.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        unit.fp32_precision = precision
+
+
+def _rounding_unit(precision: str, device: Any) -> Any:
+    """The setting by which a library rounds the operands of its products itself, if it can."""
     import torch
 
     name = str(getattr(device, "type", device))
     unit: Any = getattr(torch.backends.cuda if name == "cuda" else torch.backends.mkldnn, "matmul", None)
     wanted = {"cuda": "tf32", "cpu": "bf16"}.get(name)
-    if precision != wanted or not hasattr(unit, "fp32_precision"):
-        with exact_products():
-            yield
-        return
-    before = unit.fp32_precision
-    unit.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        unit.fp32_precision = before
+    return unit if precision == wanted and hasattr(unit, "fp32_precision") else None
 
 
 def casts(precision: str, device: Any) -> bool:

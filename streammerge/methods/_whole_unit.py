@@ -5,12 +5,12 @@ the backward pass of that one, of one micro-batch at a time. If all anchors are 
 the first pass to the second. Any operation that autograd differentiates twice will do; norms, activations and linear
 maps have rules of their own, which take fewer passes over memory (_curved.py, Shifted below).
 
-Products carry differences (`delta-forward`): what the base's linear map took from x0 to y0, and a product of
-activations from (a0, b0) to y0, the expert's take to
+Linear maps carry differences (`delta-forward`): what the base's took from x0 to y0, the expert's takes to
 
-    y1 = y0 + x1 tau^T + (x1 - x0) W^T        y1 = y0 + (a1 - a0) b1 + a0 (b1 - b0)
+    y1 = y0 + x1 tau^T + (x1 - x0) W^T
 
-so that y1 - y0 keeps its digits, all the more where operands are rounded. Everything between products is fp32.
+so that y1 - y0 keeps its digits, all the more where operands are rounded. Everything between is fp32, products of
+activations too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.methods._curved import curved
 from streammerge.methods._induced import NOTHING, Tensors, pull
-from streammerge.methods._rounded import casts, product, products
+from streammerge.methods._rounded import casts, exact_within, product, products
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class WholeUnit:
         self._run, self._base, self._distance = run, base, distance
         device = next(iter(base.values())).device
         self._exactly = partial(products, precision, device)
-        self._rounds = casts(precision, device)
+        self._rounds, self._precision = casts(precision, device), precision
         self._expert = {name: base[name] + tau[name] for name in base}
         self._changed = {id(self._expert[name]): (base[name], tau[name]) for name in base}
         self._kept: tuple[Tensor, list[Tensor]] | None = None
@@ -65,7 +65,7 @@ class WholeUnit:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(again)
             weights = {name: value.detach().requires_grad_(name in names) for name, value in self._base.items()}
-            with _maps(self._rounds) as maps:
+            with _maps(self._precision, self._rounds) as maps:
                 y0 = self._run(leaf, weights)
             with torch.set_grad_enabled(again):
                 r = pull(y0, self._of_expert(leaf, maps.seen) - y0, self._distance, anchors)
@@ -76,19 +76,19 @@ class WholeUnit:
         import torch
 
         with torch.no_grad(), self._exactly():
-            with _maps(self._rounds) as maps:
+            with _maps(self._precision, self._rounds) as maps:
                 self._run(x, self._base)
             return self._of_expert(x, maps.seen)
 
     def _of_expert(self, x: Tensor, seen: list[Any]) -> Tensor:
         """What the expert returns, from what the base's linear maps were given and returned."""
-        with _maps(self._rounds, self._changed, seen):
+        with _maps(self._precision, self._rounds, self._changed, seen):
             return self._run(x, self._expert)
 
 
-def _maps(rounds: bool, changed: Any = None, seen: Any = None) -> Any:
-    """A mode: products are noted, or, given what was noted, are those of an expert by differences."""
-    return _maps_class()(rounds, changed, seen)
+def _maps(precision: str, rounds: bool, changed: Any = None, seen: Any = None) -> Any:
+    """A mode: linear maps are noted, or, given what was noted, are those of an expert by differences."""
+    return _maps_class()(precision, rounds, changed, seen)
 
 
 @cache
@@ -97,20 +97,23 @@ def _maps_class() -> Any:
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
-    linear, shifted = functional.linear, _shifted_class()
+    linear, shifted, exact = functional.linear, _shifted_class(), _exact_class()
     bilinear = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 
     class Maps(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped here
-        def __init__(self, rounds: bool, changed: Any, seen: Any) -> None:
+        def __init__(self, precision: str, rounds: bool, changed: Any, seen: Any) -> None:
             super().__init__()
             self.seen: list[tuple[Tensor, ...]] = []
             self._rounds, self._changed, self._before = rounds, changed, iter(seen or ())
-            self._curved = curved()
+            self._curved, self._precision = curved(), precision
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            if function in bilinear and len(args) == 2:
-                return self._product(function, *args)
+            if function is torch.addmm and len(args) == 3 and not kwargs:  # transformers' Conv1D
+                return args[0] + exact.apply(*args[1:], self._precision)
+            if function in bilinear and len(args) == 2 and min(each.dim() for each in args) > 1:
+                batch = torch.broadcast_shapes(*(each.shape[:-2] for each in args))
+                return exact.apply(*(_dense(each.expand(*batch, *each.shape[-2:])) for each in args), self._precision)
             if function in self._curved and torch.is_grad_enabled():
                 found = self._curved[function](*args, **kwargs)
                 return function(*args, **kwargs) if found is None else found
@@ -126,13 +129,6 @@ def _maps_class() -> Any:
             base, tau = self._changed[id(weight)]
             shift = None if bias is None else self._changed[id(bias)][1]
             return shifted.apply(y0, x, None if x is x0 else x0, tau, base, shift, self._rounds)
-
-        def _product(self, times: Any, a: Tensor, b: Tensor) -> Tensor:
-            if self._changed is None:
-                self.seen.append((a, b, times(a, b)))
-                return self.seen[-1][-1]
-            a0, b0, y0 = next(self._before)
-            return torch.as_tensor(y0 + times(a - a0, b) + times(a0, b - b0))
 
         def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if not self._rounds:
@@ -182,6 +178,34 @@ def _shifted_class() -> Any:
             torch.addmm(total, one, other, out=total)
 
     return Shifted
+
+
+@cache
+def _exact_class() -> Any:
+    import torch
+    from torch.autograd import Function
+
+    class Exact(Function):  # type: ignore[misc]  # torch is untyped here
+        """a b in fp32 within `products(precision)`, and so its derivatives: products of activations are few."""
+
+        @staticmethod
+        def forward(ctx: Any, a: Tensor, b: Tensor, precision: str) -> Tensor:
+            ctx.save_for_backward(a, b)
+            ctx.precision = precision
+            with exact_within(precision, a.device):
+                return torch.matmul(a, b)
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            g, (a, b) = _dense(given[0]), ctx.saved_tensors
+            return Exact.apply(g, b.mT, ctx.precision), Exact.apply(a.mT, g, ctx.precision), None
+
+    return Exact
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Copied now if products would do so, that their derivatives need not."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
 @cache

@@ -5,20 +5,22 @@
 
 Functional dual anchors, arXiv:2510.21223. A unit is the MLP of a layer (decoders), a whole layer (encoders, vision),
 every linear map of a layer, or the modules that a pattern names. Units know nothing of each other: what is in memory is
-one of them, the base's and one expert's, and its anchors. No data is read.
+one of them, the base's and one expert's, and its anchors. No data is read, unless samples decide when to stop.
 
 What is no unit's is the `start`'s, to the bit: another method's merge, or the base.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError
 from streammerge.method import LayerMethod, TileMethod, param
-from streammerge.methods._adapt import Adaptation, Course, closed_form
+from streammerge.methods._adapt import Adaptation, Course, Trial, closed_form
 from streammerge.methods._anchors import INITS, Construction, gaussian, linear_optimum, random_of, rows_of
 from streammerge.methods._induced import DISTANCES, Network, Tensors
 from streammerge.methods._rounded import PRECISIONS
@@ -67,7 +69,12 @@ class Fda(LayerMethod):
     adapt_lr: float = param(0.0, "rate of Adam; 0: 1e-2 for coefficients, 5e-5 for weights")
     batch: int = param(128, "anchors of a step")
     ridge: float = param(0.01, "of closed_form, in mean eigenvalues")
-    early_stop: float = param(0.0, "share of anchors that are held out and end adaptation when they fare worse")
+    early_stop: float | str | tuple[str, ...] = param(
+        0.0,
+        "what ends adaptation when it fares worse: a share of the anchors, or a file of samples, or one for each model",
+        kind=Path,
+        several=True,
+    )
     precision: str = param("fp32", "of the products of construction: fp32, bf16, or tf32 on a GPU")
     rows: int = param(1024, "tokens of a micro-batch")
     preset: str = param("none", "published values of all of these: paper-llama, paper-vit or paper-roberta")
@@ -89,8 +96,28 @@ class Fda(LayerMethod):
         for name in ("construct_steps", "adapt_epochs", "adapt_steps", "construct_lr", "sigma", "adapt_lr", "ridge"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"fda: {name} is {getattr(self, name)}; it cannot be negative")
-        if not 0 <= self.early_stop < 1:
+        if isinstance(self.early_stop, tuple) and not all(isinstance(each, str) for each in self.early_stop):
+            raise RecipeError(f"fda: early_stop is {list(self.early_stop)}; give one share, or files of samples")
+        if not 0 <= self.held_out < 1:
             raise RecipeError(f"fda: early_stop is {self.early_stop}; it is a share of the anchors, from 0 to below 1")
+        if self.early_stop and self.adapt == "closed_form":
+            raise RecipeError("fda: early_stop ends the steps of adaptation; closed_form has none, leave it out")
+        if math.ceil(self.held_out * self.anchors) == self.anchors:
+            raise RecipeError(
+                f"fda: early_stop is {self.early_stop}; none of {self.anchors} anchors is left to learn from"
+            )
+
+    @property
+    def held_out(self) -> float:
+        """The share of anchors that only decides when to stop."""
+        return 0.0 if isinstance(self.early_stop, (str, tuple)) else self.early_stop
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Samples that decide instead: one file for all experts, or one for each."""
+        if isinstance(self.early_stop, tuple):
+            return self.early_stop
+        return (self.early_stop,) if isinstance(self.early_stop, str) else ()
 
     @classmethod
     def read_keys(cls, given: Mapping[str, Any], models: int, where: str) -> dict[str, Any]:
@@ -134,8 +161,11 @@ class Fda(LayerMethod):
             )
         coefficients = adapt == "coefficients"
         alphas = self.alphas if coefficients and start == "task_arithmetic" else "merged"
-        if coefficients and self.alphas == "experts" and alphas != "experts" and self.preset == "none":
-            raise RecipeError(f"fda: alphas: experts goes with start: task_arithmetic; the start is {start}")
+        if self.alphas == "experts" and alphas != "experts" and self.preset == "none":
+            raise RecipeError(
+                "fda: alphas: experts goes with start: task_arithmetic and adapt: coefficients; "
+                f"the start is {start}, adapt {adapt}"
+            )
         return replace(
             self,
             adapt=adapt,
@@ -181,17 +211,18 @@ class Fda(LayerMethod):
         moves: Sequence[Tensors],
         anchors: Sequence[Tensor],
         targets: Sequence[Tensor],
+        trial: Trial | None = None,
     ) -> Adaptation:
         course = Course(
             self.adapt_lr,
             self.adapt_epochs,
             self.adapt_steps,
             self.batch,
-            self.early_stop,
+            self.held_out,
             self.rows,
             self.distance,
         )
-        return Adaptation(run, theta, moves, anchors, targets, course)
+        return Adaptation(run, theta, moves, anchors, targets, course, trial)
 
     def order(self, seed: int, unit: str, epoch: int) -> Any:
         """The generator of one epoch's order."""

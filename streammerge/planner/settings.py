@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from streammerge.errors import RecipeError
@@ -74,8 +75,13 @@ def _value(raw: Any, kind: type, where: str) -> Scalar | tuple[Scalar, ...]:
 def scalar(raw: Any, kind: type, where: str) -> Scalar:
     """One value of the given kind; text that reads as a number is one (YAML takes 1e-5 for text).
 
-    The kind `object` is a word or a whole number.
+    The kind `object` is a word or a whole number, `Path` a number or else a path.
     """
+    if kind is Path and isinstance(raw, str) and raw.strip():
+        try:
+            float(raw)
+        except ValueError:
+            return raw
     if kind is object:
         return raw if isinstance(raw, str) and raw.isidentifier() else _number(raw, int, where)
     if kind is bool:

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+import transformers
 from models import tiny
 from transport import llama, tensors
 
@@ -100,8 +101,6 @@ def test_bfloat16_is_rounded_once_from_a_start_in_fp32(folder, tmp_path):
 
 
 def test_the_merged_model_loads(folder, tmp_path):
-    import transformers
-
     merge(folder, tmp_path / "out")
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.isfinite(model(torch.arange(5)[None]).logits).all()
@@ -280,6 +279,8 @@ def test_progress_counts_the_work(folder, tmp_path):
         ({}, {"unit": "feed"}, "is in no module of model.layers.0; it has"),
         ({}, {"unit": "self_attn"}, "model.layers.0.self_attn does not run alone on its input"),
         ({}, {"unit": [{"filter": "layers.0", "value": "mlp"}, {"value": "block"}]}, "unit is for the whole model"),
+        ({}, {"alphas": "experts"}, "goes with start: task_arithmetic and adapt: coefficients; the start is base"),
+        ({}, {"unit": "mlp*"}, "'mlp.gate_proj' is inside 'mlp' of model.layers.0; give a pattern of one of them"),
         ({}, {"anchors": 0}, "anchors is 0"),
         ({}, {"preset": "paper-bert"}, "preset is 'paper-bert'"),
         ({"anchors_from": 3}, {}, "must be the path of a folder"),
@@ -301,6 +302,13 @@ def test_wrong_anchors_are_named(folder, tmp_path):
         sm.plan(recipe(folder, {"unit": "block"}, anchors_from=str(tmp_path / "a")), ram=RAM, device="cpu")
 
 
+def test_streams_and_state_dicts_are_refused(folder):
+    with pytest.raises(RecipeError, match="fda merges unit by unit, with anchors that it makes first; use merge"):
+        next(sm.stream(recipe(folder), ram=RAM, device="cpu"))
+    with pytest.raises(RecipeError, match="fda is a layer method; merge_state_dicts has no layers to run, use merge"):
+        sm.merge_state_dicts([{}], base={}, method="fda")
+
+
 def test_a_budget_that_is_too_small_is_named(folder):
     with pytest.raises(BudgetTooSmall, match="give --ram"):
         sm.plan(recipe(folder), ram="64MiB", device="cpu")
@@ -311,6 +319,29 @@ def test_no_unit_where_there_is_no_mlp(tmp_path):
         tiny.save(tmp_path / part, "bert")
     with pytest.raises(RecipeError, match=r"'mlp' is in no module of encoder\.layer\.0"):
         sm.plan(recipe(tmp_path, {"unit": "mlp"}), ram=RAM, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["deberta", "t5-encoder"])
+def test_a_layer_that_takes_more_than_a_hidden_state_is_no_unit(tmp_path, name):
+    """DeBERTa's take a table of positions from the embedding, T5's the first one's bias."""
+    for seed, part in enumerate(("base", "one", "two")):
+        tiny.save(tmp_path / part, name, seed=7 + seed)
+    with pytest.raises(RecipeError, match="needs what earlier layers compute, so it is no unit; choose a part"):
+        sm.plan(recipe(tmp_path, {"unit": "block"}), ram=RAM, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_of_a_layer_are_no_unit(tmp_path, name):
+    """Its other linear maps are."""
+    for seed, part in enumerate(("base", "one", "two")):
+        tiny.save(tmp_path / part, name, seed=7 + seed)
+    mlp = "block_sparse_moe" if transformers.__version__ < "5" and name == "mixtral" else "mlp"
+    for unit in ("auto", mlp, "block", f"{mlp}.experts"):
+        with pytest.raises(RecipeError, match=r"sends tokens to experts of its own.*give a unit without") as error:
+            sm.plan(recipe(tmp_path, {"unit": unit}), ram=RAM, device="cpu")
+        assert "\n" not in str(error.value)
+    report = merge(tmp_path, tmp_path / "out", {"unit": "self_attn.*_proj"})
+    assert len(report["fda"]) == 3 * 4
 
 
 # --- the command line ---

@@ -49,7 +49,9 @@ def run(*arguments):
         pytest.param({"unit": "mlp", "adapt": "closed_form"}, "tsvm", marks=pytest.mark.slow),
         pytest.param({"unit": "block", "tokens": 4, "rows": 128}, "base", marks=pytest.mark.slow),
         pytest.param({"unit": "mlp", "early_stop": "real.jsonl"}, "base", marks=pytest.mark.slow),
-        pytest.param({"unit": "block", "tokens": 4, "early_stop": "real.jsonl"}, "tsvm", marks=pytest.mark.slow),
+        pytest.param(
+            {"unit": "block", "adapt_steps": 1, "early_stop": "real.jsonl"}, "task_arithmetic", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_child_process_stays_below_its_prediction(folder, tmp_path, parameters, start):

@@ -63,6 +63,21 @@ def test_a_graph_of_a_graph_with_them_is_that_of_torch(shape, name, one_thread):
     assert float((ours - exact).norm() / exact.norm()) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 5), (4, 200)])
+def test_softmax(shape):
+    torch.manual_seed(0)
+    x, dy, u = (3 * torch.randn(shape) for _ in range(3))
+    x[..., 1] = -torch.inf
+    ours = curved()[functional.softmax](x.requires_grad_(), dim=-1)
+    (dx,) = torch.autograd.grad(ours, x, dy.requires_grad_(), create_graph=True)
+    found = (ours, dx, *torch.autograd.grad(dx, (dy, x), u))
+    wanted = twice(lambda x: functional.softmax(x, dim=-1), x.detach(), dy.detach(), u)
+    wanted = (functional.softmax(x.detach().double(), dim=-1), *wanted)
+    for one, exact in zip(found, wanted, strict=True):
+        assert float((one.detach() - exact).abs().max()) < 3e-6
+    assert curved()[functional.softmax](x, dim=0) is None
+
+
 def test_threads_change_no_bit():
     torch.manual_seed(0)
     x = torch.randn(900, 48)

@@ -1,5 +1,7 @@
 """Parameter values: what they may be, gradients, filters."""
 
+from pathlib import Path
+
 import pytest
 
 from streammerge.errors import RecipeError
@@ -17,6 +19,7 @@ from streammerge.planner.settings import evaluate, read_setting
         ([1, "x"], float, "at[1]: 'x' is not a finite number"),
         ([], float, "at: an empty list; give a number or a gradient's points"),
         (1.5, int, "at: 1.5 is not a whole number"),
+        (" ", Path, "at: ' ' is not a finite number"),
         ("maybe", bool, "at: 'maybe' is not true or false"),
         (2, bool, "at: 2 is not true or false"),
         (1, str, "at: 1 is not text"),
@@ -31,6 +34,11 @@ def test_values_that_are_refused(value: object, kind: type, line: str) -> None:
     with pytest.raises(RecipeError) as error:
         read_setting(value, kind, "at")
     assert str(error.value) == line
+
+
+def test_a_path_is_what_reads_as_no_number() -> None:
+    found = [read_setting(value, Path, "at")[0].value for value in (0.1, "1e-1", "10%", "a.jsonl", ["a", "b"])]
+    assert found == [0.1, 0.1, "10%", "a.jsonl", ("a", "b")]
 
 
 def test_gradients() -> None:
