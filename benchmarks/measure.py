@@ -26,6 +26,7 @@ from statistics import quantiles
 
 import numpy as np
 
+from streammerge.cli import spare_cores
 from streammerge.store.reader import evict
 
 PERIOD = 0.01  # seconds between two looks
@@ -33,6 +34,7 @@ RELIST = 10  # looks between two listings of the process tree
 KIB = 1 << 10
 TAIL = 2000  # characters of a failed process that the error repeats
 
+spare_cores()  # as the command line does, for everything that a benchmark runs: before torch is loaded
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

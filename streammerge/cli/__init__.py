@@ -24,7 +24,16 @@ COMMANDS = {
     "methods": "looking",
     "demo": "looking",
 }
+SPINS = "20000"  # some 1 ms
 CLOSED = 141  # what a shell says of a program whose reader has seen enough (| head)
+
+
+def spare_cores() -> None:
+    """Have torch's idle threads wait in a loop for 1 ms and not for 16: they take a core from compiled loops meanwhile.
+
+    libgomp reads it when torch is loaded. What the user has set stays.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 class Lazy(click.Group):
@@ -58,6 +67,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; every failure is one line on stderr and an exit code, a traceback too with --debug."""
     arguments = sys.argv[1:] or ["--help"]
+    spare_cores()
     try:
         code = cli.main(arguments, "streammerge", standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -138,3 +138,21 @@ def test_the_progress_bar_on_a_terminal(tmp_path):
     assert "\x1b" not in out
     assert b"[/b]" in seen
     assert b"GB/s" in seen
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_idle_threads_of_torch_spare_cores_unless_the_user_says_otherwise(given):
+    code = """
+import os, sys
+from streammerge.cli import SPINS, main
+sys.argv = ["streammerge", "--version"]
+try:
+    main()
+finally:
+    print(os.environ["GOMP_SPINCOUNT"], SPINS, "torch" in sys.modules)
+"""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {} if given is None else {"GOMP_SPINCOUNT": given}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    spins, default, loaded = done.stdout.split()[-3:]
+    assert (spins, loaded) == (given or default, "False")
