@@ -1,7 +1,7 @@
 """Folders of anchors: what a run keeps for others, and takes up from them.
 
     DIR/model.safetensors    layers.{i}.expert.{e}, fp32 [anchors, d] or [anchors, tokens, d]
-    DIR/anchors.json         layers[i]: the unit's name, and experts[e]: loss, steps, seconds
+    DIR/anchors.json         layers[i]: the unit's name, and experts[e]: loss, steps, seconds, distance
 
 i counts the units of the model from 0, e the recipe's models. Units that were not run have no tensors, and no experts
 in the list.
@@ -26,6 +26,7 @@ from streammerge.store.writer import Shard
 
 TENSORS, NOTES = "model.safetensors", "anchors.json"
 KEPT = "anchors.safetensors"  # in the unfinished output folder
+NOTED = ("loss", "steps", "seconds", "distance")
 FORMAT = {"format": "pt", "streammerge": "anchors", "version": "1"}
 
 
@@ -62,7 +63,7 @@ class Given:
     """Anchors that were made before: their place in a file, and what was noted of them."""
 
     spec: TensorSpec
-    figures: Mapping[str, float]
+    figures: Mapping[str, Any]
 
 
 def read_folders(folders: Sequence[Path]) -> dict[str, Given]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.budget import Budget
 from streammerge.engine.anchor_bench import Bench, Turn
-from streammerge.engine.anchor_files import key, save_folder
+from streammerge.engine.anchor_files import NOTED, key, save_folder
 from streammerge.engine.anchor_inputs import Inputs
 from streammerge.engine.anchor_plan import AnchorPlan
 from streammerge.engine.anchor_work import Work
@@ -162,7 +162,7 @@ class AnchorRun(LayerRun):
         for work in plan.works:
             for e in range(work.experts):
                 row = self.findings.anchors[key(work.number, e)]
-                notes[work.number, e] = {name: row[name] for name in ("loss", "steps", "seconds") if name in row}
+                notes[work.number, e] = {name: row[name] for name in NOTED if name in row}
         save_folder(plan.save, self._writer.partial / plan.anchors.shard.name, plan.units, notes)
         self._note({"anchors": ["saved", {"folder": str(plan.save)}]})
 

@@ -12,16 +12,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from streammerge.engine.anchor_bench import Bench, Turn
-from streammerge.engine.anchor_files import key
+from streammerge.engine.anchor_files import Given, key
 from streammerge.engine.anchor_work import PIECES, PROBES, Work, micro, record_inputs, run_shapes, vectors
 from streammerge.engine.layers_hooks import Hooks, Loaded
 from streammerge.engine.units import Runner
-from streammerge.errors import Interrupted
+from streammerge.errors import Interrupted, RecipeError
 from streammerge.models.build import return_freed_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+APART = 0.1  # of one and its noted loss: what other products and another transformers make of a loss, and more
 KEEP = 200  # points of a curve that is kept, at most
 
 
@@ -59,7 +60,7 @@ class _Visit:
         """Make the anchors of one expert, or take up those that are there, and keep what adaptation needs."""
         bench, work = self._bench, self._work
         self._runner.prepare(run_shapes(work))
-        masks = self._masks() if self._makes(expert) else {}
+        masks = self._masks() if key(work.number, expert) not in bench.done else {}
         tau = self._tau(1 + expert)
         network = work.settings.network(self._runner, self._base, tau, work.part.gated)
         anchors, notes = self._anchors(expert, network, tau, masks)
@@ -72,10 +73,6 @@ class _Visit:
             self._keep_inputs(expert, anchors, tau)
         if notes is not None:
             self._write_anchors(expert, anchors, notes)
-
-    def _makes(self, expert: int) -> bool:
-        name = key(self._work.number, expert)
-        return name not in self._bench.done and name not in self._bench.given
 
     def _masks(self) -> dict[str, Tensor]:
         if self._work.part.gated or self._work.closed or not vectors(self._work.part):
@@ -106,7 +103,11 @@ class _Visit:
             return bench.load(bench.anchors.spec(name, work.shape, bench.writer.partial)).to(bench.device), None
         if name in bench.given:
             given = bench.given[name]
-            return bench.load(given.spec).to(bench.device), {**given.figures, "given": 1}
+            anchors = bench.load(given.spec).to(bench.device)
+            if not work.closed and given.figures.get("distance") == work.settings.distance:
+                found = float(work.settings.construction(network, tau, anchors, masks).loss())
+                self._check_loss(given, expert, found)
+            return anchors, {**given.figures, "given": 1}
         began = time.perf_counter()
         if work.closed:
             (matrix,) = (value for value in tau.values() if value.dim() == 2)
@@ -122,8 +123,19 @@ class _Visit:
             self._tell(f"expert {expert}, step {step} of {total}, loss {loss:.4g}", work.step_load * (step > 0))
 
         losses = course.run(told)
-        figures = {"loss": min(losses), "steps": total, "seconds": _since(began)}
-        return course.best, {**figures, "first": losses[0], "curve": _thin(losses)}
+        figures: dict[str, Any] = {"loss": min(losses), "steps": total, "seconds": _since(began)}
+        figures |= {"distance": work.settings.distance, "first": losses[0], "curve": _thin(losses)}
+        return course.best, figures
+
+    def _check_loss(self, given: Given, expert: int, found: float) -> None:
+        """Raise RecipeError if anchors fit their expert worse or better than was noted: they are another's."""
+        noted = float(given.figures["loss"])
+        if not abs(found - noted) <= APART * (1 + noted):
+            raise RecipeError(
+                f"anchors_from: {given.spec.name} in {given.spec.file} has a loss of {found:.3g} for {self._name} of "
+                f"model {expert}, not {noted:.3g} as noted: it was made for another base or expert; "
+                "give models in the order in which their anchors were made"
+            )
 
     def _outputs(self, network: Any, anchors: Tensor) -> Tensor:
         import torch

@@ -205,6 +205,25 @@ def test_saved_anchors_are_used_again(folder, tmp_path):
     assert report["fda"]["model.layers.0.mlp"]["loss_1"] == notes["layers"][0]["experts"][1]["loss"]
 
 
+def test_anchors_of_another_expert_are_refused_unless_nothing_can_be_compared(folder, tmp_path):
+    anchors = tmp_path / "anchors"
+    merge(folder, tmp_path / "one", {"construct_steps": 60}, save_anchors=str(anchors))
+    body = recipe(folder, anchors_from=str(anchors))
+    body["models"] = body["models"][::-1]
+    with pytest.raises(RecipeError, match=r"layers\.0\.expert\.0 in .* has a loss of .*: it was made for another"):
+        sm.merge(body, tmp_path / "two", ram=RAM, device="cpu")
+    assert not (tmp_path / "two").exists()
+    assert not (tmp_path / "two.partial").exists()
+    for changes in ({"distance": "l2"}, {"precision": "bf16"}):
+        merge(folder, tmp_path / str(changes), changes, anchors_from=str(anchors))
+    notes = json.loads((anchors / "anchors.json").read_text())
+    for unit in notes["layers"]:
+        for expert in unit["experts"]:
+            assert expert.pop("distance") == "cosine"
+    (anchors / "anchors.json").write_text(json.dumps(notes))
+    sm.merge(body, tmp_path / "two", ram=RAM, device="cpu")
+
+
 def test_parts_that_several_machines_made_come_together(folder, tmp_path):
     for part in ("0-0", "1-2"):
         merge(folder, tmp_path / part, units=part, save_anchors=str(tmp_path / f"anchors{part}"))
