@@ -27,6 +27,7 @@ import numpy as np
 from streammerge.kernels.numerics import (
     BF16,
     CHUNK,
+    F32,
     INFINITY,
     PARTITION,
     ROUNDING,
@@ -69,6 +70,16 @@ def _axpy_bf16(total: Array, c: float, address: int, start: int, base: Array, m:
         bits = u32(u32(source[i]) << u32(16))
         total[i] += c * (as_f32(bits) - base[i])
         peak = max(peak, u32(bits & u32(0x7FFFFFFF)))
+    return peak
+
+
+@inlined
+def _axpy_f32(total: Array, c: float, address: int, start: int, base: Array, m: int) -> int:
+    """_axpy straight from memory, in half the time: with several experts copies cost as much as the sums."""
+    source, peak = numba.carray(pointer(address + 4 * start), (m,), np.float32), u32(0)
+    for i in range(m):
+        total[i] += c * (source[i] - base[i])
+        peak = max(peak, u32(as_u32(source[i]) & u32(0x7FFFFFFF)))
     return peak
 
 
@@ -217,6 +228,8 @@ def _add(
         for k in range(experts):
             if direct and spans[k + 2, 1] == BF16 and c[0, k + 1] != f32(0):
                 peak = _axpy_bf16(total, c[0, k + 1], spans[k + 2, 0], at, base, m)
+            elif direct and spans[k + 2, 1] == F32 and c[0, k + 1] != f32(0):
+                peak = _axpy_f32(total, c[0, k + 1], spans[k + 2, 0], at, base, m)
             else:
                 peak = load(spans[k + 2], at, m, x)
                 if len(split) > 0:

@@ -23,18 +23,21 @@ import numpy as np
 
 from streammerge.kernels.numerics import (
     CHUNK,
+    F32,
     LANES,
     PARTITION,
     Array,
     Partition,
     Span,
     compiled,
+    f32,
     f64,
     fold,
     group_of,
     inlined,
     load,
     philox,
+    pointer,
     subtract,
     table,
 )
@@ -46,6 +49,13 @@ ROOM = 4 << 20  # bytes of lanes: a second-level cache
 def _add_products(total: Array, x: Array, y: Array, m: int) -> None:
     for i in range(m):
         total[i] += f64(x[i]) * f64(y[i])
+
+
+@inlined
+def _add_shifted(total: Array, g: Array, x: Array, base: Array, m: int) -> None:
+    """The same with x - base, rounded to fp32, straight from memory."""
+    for i in range(m):
+        total[i] += f64(g[i]) * f64(f32(x[i] - base[i]))
 
 
 @inlined
@@ -70,6 +80,12 @@ def _dots(spans: Array, block: int, numel: int, partials: Array) -> None:
             if spans[1, 0] != 0:
                 load(spans[1], at, m, base)
             for k in range(experts):
+                if spans[1, 0] != 0 and spans[k + 2, 1] == F32:
+                    source = numba.carray(pointer(spans[k + 2, 0] + 4 * at), (m,), np.float32)
+                    for low in range(0, m, LANES):
+                        width = min(LANES, m - low)
+                        _add_shifted(lanes[k], g[low:m], source[low:m], base[low:m], width)
+                    continue
                 _read(spans, k, at, m, base, x)
                 for low in range(0, m, LANES):
                     _add_products(lanes[k], g[low:m], x[low:m], min(LANES, m - low))

@@ -189,11 +189,11 @@ class _Shapes:
 
     def arithmetic(self, stage: Stage, kind: str, loss: Loss | None, learns: bool) -> int:
         """What a stage holds for one batch of a kind, beside weights and their gradients' sums."""
-        record, values, _ = self.kinds[kind]
+        record, values, batch = self.kinds[kind]
         hidden = _bytes(values[0, 0])
         if stage.kind != "layer":
             tokens = values[0, 0].numel() // values[0, 0].shape[-1]
-            return 16 * hidden + (_logits_bytes(self._stack, loss, tokens) if stage.kind == "head" else 0)
+            return 16 * hidden + (_logits_bytes(self._stack, loss, tokens, batch) if stage.kind == "head" else 0)
         call = record.calls[stage.index - 1]
         key = str((kind, type(stage.module), [p.shape for p in stage.parameters.values()], call.describe()))
         if key not in self._measured:
@@ -242,11 +242,19 @@ def _work(stack: Stack, hooks: Hooks, loss: Loss | None, visit: Visit, shapes: _
     return most
 
 
-def _logits_bytes(stack: Stack, loss: Loss | None, tokens: int) -> int:
-    """Logits in fp32, logarithms of probabilities, the gradients of both, and two temporaries."""
-    words = 0 if stack.vocabulary is None else int(stack.vocabulary.out_features)
+def _logits_bytes(stack: Stack, loss: Loss | None, tokens: int, batch: Batch) -> int:
+    """Logits in fp32, logarithms of probabilities, the gradients of both; where the model or the loss makes more of
+    them, two temporaries too.
+    """
+    import torch
+
+    if stack.vocabulary is None:
+        return 0
+    words = int(stack.vocabulary.out_features)
     chunk = loss.chunk if isinstance(loss, CrossEntropy) else None
-    return tokens * min(words, chunk or words) * 4 * 6
+    few = isinstance(loss, CrossEntropy) and words <= (chunk or words) and stack.dtype == torch.float32
+    some = torch.empty((1, 1, words), device="meta")
+    return tokens * min(words, chunk or words) * 4 * (4 if few and stack.logits(batch, some) is some else 6)
 
 
 def fit_visits(
