@@ -106,7 +106,7 @@ def test_the_merged_model_loads(folder, tmp_path):
     assert torch.isfinite(model(torch.arange(5)[None]).logits).all()
 
 
-@pytest.mark.parametrize("adapt", ["weights", "closed_form"])
+@pytest.mark.parametrize("adapt", [pytest.param("weights", marks=pytest.mark.slow), "closed_form"])
 def test_one_expert_is_recovered_on_its_anchors(folder, tmp_path, adapt):
     """The unit's results on the anchors become the expert's."""
     from safetensors.torch import load_file
@@ -148,7 +148,7 @@ def test_a_linear_unit_is_solved_without_steps(folder, tmp_path):
     assert float((found[name] - base[name] - wanted).norm() / wanted.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("vit", marks=pytest.mark.slow), "llama"])
 def test_whole_layers(tmp_path, name):
     for seed, part in enumerate(("base", "one", "two")):
         tiny.save(tmp_path / part, name, seed=7 + seed)
