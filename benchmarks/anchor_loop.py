@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from streammerge.engine.anchoring import PIECES
+from streammerge.engine.anchor_work import PIECES
 from streammerge.methods._anchors import Construction, gaussian, random_of
 from streammerge.methods._whole_unit import WholeUnit, without_gradient
 from streammerge.models.build import return_freed_memory

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from streammerge.engine.anchor_work import PIECES, Work
+from streammerge.engine.anchor_work import Work
 from streammerge.engine.layers_hooks import Hooks, Loaded
 from streammerge.engine.layers_plan import SweepPlan
 from streammerge.engine.sweep_fit import Fit
@@ -125,7 +125,7 @@ class Inputs(Hooks):
     def teach(self, work: Work, expert: int, network: Any, runner: Runner) -> None:
         """Keep what an expert returns."""
         assert self._scratch is not None
-        with _returned():
+        with _returned(work):
             for key, own in self._kept[work.number]:
                 if own in (None, expert):
                     x = self._scratch.get(key, runner.device)
@@ -136,7 +136,7 @@ class Inputs(Hooks):
     def trial(self, work: Work, device: torch.device) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Inputs of a unit, batch by batch, with what experts return for them."""
         assert self._scratch is not None
-        with _returned():
+        with _returned(work):
             for key, own in self._kept[work.number]:
                 experts = range(work.experts) if own is None else (own,)
                 yield self._scratch.get(key, device), [self._scratch.get((*key, e), device) for e in experts]
@@ -151,10 +151,10 @@ class Inputs(Hooks):
 
 
 @contextmanager
-def _returned() -> Iterator[None]:
+def _returned(work: Work) -> Iterator[None]:
     """What is freed meanwhile is given back at once: sizes vary, so the next batch could not use what is kept."""
     return_freed_memory()
     try:
         yield
     finally:
-        return_freed_memory(PIECES)
+        return_freed_memory(work.pieces)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECES = 32 << 20  # bytes of freed memory, below which it is kept for the next step
+LARGE, LEAST = 256 << 20, 1 << 20  # bytes of a unit, from which on pages are little work beside products; its pieces
 PROBES = 4  # random inputs that show which entries of vectors have no gradient
 
 
@@ -41,6 +42,13 @@ class Work:
         from torch import nn
 
         return isinstance(self.part.stage.module, nn.Linear) and self.settings.distance == "l2"
+
+    @property
+    def pieces(self) -> int:
+        """Bytes of freed memory below which it is kept: the same steps come again and again, and fresh pages would cost
+        a small unit as much as its arithmetic.
+        """
+        return PIECES if bytes_of(self.part.stage) < LARGE else LEAST
 
     @property
     def solves(self) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.engine.anchor_bench import Bench, Turn
 from streammerge.engine.anchor_files import Given, key
-from streammerge.engine.anchor_work import PIECES, PROBES, Work, micro, record_inputs, run_shapes, vectors
+from streammerge.engine.anchor_work import PROBES, Work, micro, record_inputs, run_shapes, vectors
 from streammerge.engine.layers_hooks import Hooks, Loaded
 from streammerge.engine.units import Runner
 from streammerge.errors import Interrupted, RecipeError
@@ -36,9 +36,9 @@ class Anchoring(Hooks):
         self._runner: Runner | None = None
 
     def emit(self, loaded: Loaded) -> None:
-        return_freed_memory(PIECES)  # the same steps again and again: fresh pages would cost as much as the arithmetic
         turn = next(self._turns)
         bench, part = self.bench, turn.work.part
+        return_freed_memory(turn.work.pieces)
         if self._runner is None or self._runner.module is not part.stage.module:
             self._runner = Runner(bench.stack, part, turn.work.example, bench.device)
         visit = _Visit(bench, turn.work, self._runner, loaded)
