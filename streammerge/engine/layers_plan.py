@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PIECE = (
-    32 * MIB
-)  # freed memory below it is kept where layers keep their graphs: fresh pages would cost more than a sweep
+PIECE = 32 * MIB  # freed memory below it is kept where layers keep their graphs: fresh pages would cost more
 ALLOWANCE = 48 * MIB  # thread stacks, packed panels of matrix products, the allocator's slack
 
 
