@@ -113,6 +113,12 @@ def as_u32(context: Any, value: Any) -> Any:
 
 
 @inlined
+def floats(address: int, at: int, m: int) -> Array:
+    """m fp32 values from element `at` on, where they lie."""
+    return numba.carray(pointer(address + 4 * at), (m,), np.float32)
+
+
+@inlined
 def magnitude(value: float) -> int:
     """Bits of |value|: integers in the order of the magnitudes; every NaN becomes one key above infinity."""
     bits = u32(as_u32(f32(value)) & u32(0x7FFFFFFF))

@@ -8,12 +8,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from streammerge.kernels.numerics import BLOCK, LANES, Array, compiled, f32, f64, inlined, pointer
-
-
-@inlined
-def _view(address: int, at: int, m: int) -> Array:
-    return numba.carray(pointer(address + 4 * at), (m,), np.float32)
+from streammerge.kernels.numerics import BLOCK, LANES, Array, compiled, f32, f64, floats, inlined
 
 
 @inlined
@@ -32,7 +27,7 @@ def dots(g: int, t: int, numel: int, found: Array) -> None:
         one[:], two[:] = f32(0), f32(0)
         for at in range(block, min(block + BLOCK, numel), LANES):
             m = min(LANES, numel - at)
-            _add(_view(g, at, m), _view(t, at, m), one, two, m)
+            _add(floats(g, at, m), floats(t, at, m), one, two, m)
         for i in range(LANES):
             found[0] += f64(one[i])
             found[1] += f64(two[i])
@@ -49,4 +44,4 @@ def turn(g: int, t: int, numel: int, a: float, b: float) -> None:
     """g = a g + b t."""
     for at in range(0, numel, BLOCK):
         m = min(BLOCK, numel - at)
-        _turn(_view(g, at, m), _view(t, at, m), a, b, m)
+        _turn(floats(g, at, m), floats(t, at, m), a, b, m)

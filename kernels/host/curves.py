@@ -19,7 +19,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from streammerge.kernels.numerics import CHUNK, Array, as_f32, compiled, f32, f64, inlined, pointer, u32
+from streammerge.kernels.numerics import CHUNK, Array, as_f32, compiled, f32, f64, floats, inlined, u32
 
 GELU, GELU_TANH, SILU = range(3)
 ROOT = 0.7978845608028654  # sqrt(2 / pi)
@@ -100,19 +100,14 @@ def _times(a: Array, b: Array, out: Array, m: int) -> None:
         out[i] = a[i] * b[i]
 
 
-@inlined
-def _view(address: int, at: int, m: int) -> Array:
-    return numba.carray(pointer(address + 4 * at), (m,), np.float32)
-
-
 @compiled(numba.int64, numba.int64, numba.int64, numba.int64, numba.int64)
 def bend(kind: int, numel: int, x: int, dy: int, dx: int) -> None:
     """dx = f'(x) dy; addresses of fp32."""
     rows = np.empty((2, CHUNK + 16), np.float32)
     for at in range(0, numel, CHUNK):
         m = min(CHUNK, numel - at)
-        _slopes(kind, _view(x, at, m), rows[0], rows[1], m)
-        _times(rows[0], _view(dy, at, m), _view(dx, at, m), m)
+        _slopes(kind, floats(x, at, m), rows[0], rows[1], m)
+        _times(rows[0], floats(dy, at, m), floats(dx, at, m), m)
 
 
 @compiled(*7 * [numba.int64])
@@ -121,10 +116,10 @@ def bend_twice(kind: int, numel: int, x: int, dy: int, u: int, to_dy: int, to_x:
     rows = np.empty((2, CHUNK + 16), np.float32)
     for at in range(0, numel, CHUNK):
         m = min(CHUNK, numel - at)
-        _slopes(kind, _view(x, at, m), rows[0], rows[1], m)
-        _times(rows[0], _view(u, at, m), _view(to_dy, at, m), m)
-        _times(rows[1], _view(u, at, m), rows[1], m)
-        _times(rows[1], _view(dy, at, m), _view(to_x, at, m), m)
+        _slopes(kind, floats(x, at, m), rows[0], rows[1], m)
+        _times(rows[0], floats(u, at, m), floats(to_dy, at, m), m)
+        _times(rows[1], floats(u, at, m), rows[1], m)
+        _times(rows[1], floats(dy, at, m), floats(to_x, at, m), m)
 
 
 @inlined
@@ -179,11 +174,11 @@ def norm_twice(rows: int, n: int, at: Array) -> None:
     hat, h, q, ones = work[0], work[1], work[2], work[3]
     ones[:] = f32(1)
     lanes = np.empty(64, np.float32)
-    weight, dw, db = _view(at[5], 0, n), _view(at[6], 0, n), _view(at[7], 0, n)
-    means, scales = _view(at[8], 0, rows), _view(at[9], 0, rows)
+    weight, dw, db = floats(at[5], 0, n), floats(at[6], 0, n), floats(at[7], 0, n)
+    means, scales = floats(at[8], 0, rows), floats(at[9], 0, rows)
     for row in range(rows):
-        dy, x, u = _view(at[0], row * n, n), _view(at[1], row * n, n), _view(at[2], row * n, n)
-        to_dy, to_x = _view(at[3], row * n, n), _view(at[4], row * n, n)
+        dy, x, u = floats(at[0], row * n, n), floats(at[1], row * n, n), floats(at[2], row * n, n)
+        to_dy, to_x = floats(at[3], row * n, n), floats(at[4], row * n, n)
         r = scales[row]
         _center(x, means[row], r, hat, n)
         _times(dy, weight, h, n)
@@ -228,15 +223,15 @@ def _weigh(y: Array, h: Array, mean: float, out: Array, n: int) -> None:
 def softmax(rows: int, n: int, x: int, y: int) -> None:
     """y [rows, n] of x; -inf is 0."""
     for row in range(rows):
-        _softmax(_view(x, row * n, n), _view(y, row * n, n), n)
+        _softmax(floats(x, row * n, n), floats(y, row * n, n), n)
 
 
 @compiled(*5 * [numba.int64])
 def softmax_back(rows: int, n: int, y: int, dy: int, dx: int) -> None:
     """dx = Q(dy)."""
     for row in range(rows):
-        share, pulled = _view(y, row * n, n), _view(dy, row * n, n)
-        _weigh(share, pulled, _short_dot(share, pulled, n), _view(dx, row * n, n), n)
+        share, pulled = floats(y, row * n, n), floats(dy, row * n, n)
+        _weigh(share, pulled, _short_dot(share, pulled, n), floats(dx, row * n, n), n)
 
 
 @compiled(*7 * [numba.int64])
@@ -244,9 +239,9 @@ def softmax_twice(rows: int, n: int, y: int, dy: int, u: int, to_dy: int, to_x: 
     """to_dy = Q(u), to_x = Q(u (dy - <y, dy>) - dy <y, u>)."""
     q = np.empty(n, np.float32)
     for row in range(rows):
-        share, first, second = _view(y, row * n, n), _view(dy, row * n, n), _view(u, row * n, n)
+        share, first, second = floats(y, row * n, n), floats(dy, row * n, n), floats(u, row * n, n)
         mean, other = _short_dot(share, first, n), _short_dot(share, second, n)
         for i in range(n):
             q[i] = second[i] * (first[i] - mean) - first[i] * other
-        _weigh(share, second, other, _view(to_dy, row * n, n), n)
-        _weigh(share, q, _short_dot(share, q, n), _view(to_x, row * n, n), n)
+        _weigh(share, second, other, floats(to_dy, row * n, n), n)
+        _weigh(share, q, _short_dot(share, q, n), floats(to_x, row * n, n), n)
