@@ -9,7 +9,8 @@
     python benchmarks/anchors.py --data DIR --quick                  few steps, a check
 
 The encoder and its six experts are those of encoder.py, its layers are units of 64 anchors x 5 tokens. Merges are
-processes of their own with one thread. The last line of stdout is JSON.
+processes of their own with one thread. A row that --dir keeps from an earlier run is not run again. The last line of
+stdout is JSON.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Sentences:
 def measured(bench: Bench, subject: Subject, names: tuple[str, ...]) -> Iterator[Found]:
     for row in rows(bench.quick):
         if not names or row.name in names:
-            found = bench.run(subject, row)
+            found = bench.found(subject, row)
             told = f"{found.mean:.4f}, {found.seconds:.1f} s, {found.peak_bytes / 2**20:.0f} MiB"
             click.echo(f"  {row.name}: {told}", err=True)
             yield found

@@ -49,8 +49,8 @@ def test_a_plan_names_solvers_and_a_report_tells_how_it_went(recipe, tmp_path):
 def test_figures_outlive_an_interruption(recipe, tmp_path):
     whole = sm.merge(recipe, tmp_path / "whole", shard_size="4KB")
 
-    with pytest.raises(Interrupted):
-        sm.merge(recipe, tmp_path / "out", shard_size="4KB", cancel=build.After(2))
+    with pytest.raises(Interrupted):  # one core settles a matrix before it asks for the next; lanes may not have begun
+        sm.merge(recipe, tmp_path / "out", shard_size="4KB", threads=1, cancel=build.After(2))
     rest = sm.merge(recipe, tmp_path / "out", shard_size="4KB")
     assert rest["read_bytes"] < whole["read_bytes"], "what was done is not done again"
     assert rest["matrices"] == whole["matrices"]
