@@ -110,16 +110,28 @@ def bend(kind: int, numel: int, x: int, dy: int, dx: int) -> None:
         _times(rows[0], floats(dy, at, m), floats(dx, at, m), m)
 
 
-@compiled(*7 * [numba.int64])
-def bend_twice(kind: int, numel: int, x: int, dy: int, u: int, to_dy: int, to_x: int) -> None:
-    """to_dy = f'(x) u, to_x = f''(x) dy u."""
-    rows = np.empty((2, CHUNK + 16), np.float32)
+@compiled(*5 * [numba.int64])
+def slopes(kind: int, numel: int, x: int, first: int, second: int) -> None:
+    """f'(x) and f''(x)."""
     for at in range(0, numel, CHUNK):
         m = min(CHUNK, numel - at)
-        _slopes(kind, floats(x, at, m), rows[0], rows[1], m)
-        _times(rows[0], floats(u, at, m), floats(to_dy, at, m), m)
-        _times(rows[1], floats(u, at, m), rows[1], m)
-        _times(rows[1], floats(dy, at, m), floats(to_x, at, m), m)
+        _slopes(kind, floats(x, at, m), floats(first, at, m), floats(second, at, m), m)
+
+
+@inlined
+def _times_twice(first: Array, second: Array, dy: Array, u: Array, to_dy: Array, to_x: Array, m: int) -> None:
+    for i in range(m):
+        to_dy[i] = first[i] * u[i]
+        to_x[i] = second[i] * dy[i] * u[i]
+
+
+@compiled(*7 * [numba.int64])
+def bend_twice(numel: int, first: int, second: int, dy: int, u: int, to_dy: int, to_x: int) -> None:
+    """to_dy = f'(x) u, to_x = f''(x) dy u, from `slopes`."""
+    for at in range(0, numel, CHUNK):
+        m = min(CHUNK, numel - at)
+        given = floats(first, at, m), floats(second, at, m), floats(dy, at, m), floats(u, at, m)
+        _times_twice(*given, floats(to_dy, at, m), floats(to_x, at, m), m)
 
 
 @inlined

@@ -123,40 +123,50 @@ def _bend() -> Any:
         functional.silu,
     ]
 
-    def share(work: Callable[..., None], kind: int, *tensors: Tensor) -> None:
+    def share(work: Callable[..., None], *tensors: Tensor, kind: tuple[int, ...] = ()) -> None:
         width = tensors[0].shape[-1]
 
         def part(first: int, last: int) -> None:
-            work(kind, (last - first) * width, *(each.data_ptr() + 4 * first * width for each in tensors))
+            work(*kind, (last - first) * width, *(each.data_ptr() + 4 * first * width for each in tensors))
 
         _shared(part, tensors[0], tensors[0].numel() // width)
 
     class Back(Function):  # type: ignore[misc]  # torch is untyped here
         @staticmethod
-        def forward(ctx: Any, dy: Tensor, x: Tensor, kind: int) -> Tensor:
-            ctx.save_for_backward(dy, x)
-            ctx.kind, dx = kind, torch.empty_like(x)
-            share(curves.bend, kind, x, dy.contiguous(), dx)
-            return dx
+        def forward(ctx: Any, dy: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+            ctx.save_for_backward(dy, first, second)
+            return dy * first
 
         @staticmethod
         def backward(ctx: Any, *given: Tensor) -> Any:
-            dy, x = ctx.saved_tensors
-            to_dy, to_x = torch.empty_like(x), torch.empty_like(x)
-            share(curves.bend_twice, ctx.kind, x, dy.contiguous(), given[0].contiguous(), to_dy, to_x)
-            return to_dy, to_x, None
+            dy, first, second = ctx.saved_tensors
+            to_dy, to_x = torch.empty_like(first), torch.empty_like(first)
+            share(curves.bend_twice, first, second, dy.contiguous(), given[0].contiguous(), to_dy, to_x)
+            return to_dy, to_x, None, None
 
     class Bend(Function):  # type: ignore[misc]
+        """Both slopes are made in the first turn, and kept for the second."""
+
         @staticmethod
         def forward(ctx: Any, x: Tensor, kind: int) -> Any:
             x = x.contiguous()
             ctx.save_for_backward(x)
-            ctx.kind = kind
+            ctx.kind, ctx.slopes = (kind,), None
             return run[kind](x)
 
         @staticmethod
         def backward(ctx: Any, *given: Tensor) -> Any:
-            return Back.apply(given[0], *ctx.saved_tensors, ctx.kind), None
+            (x,) = ctx.saved_tensors
+            if torch.is_grad_enabled():
+                if ctx.slopes is None:
+                    ctx.slopes = torch.empty_like(x), torch.empty_like(x)
+                    share(curves.slopes, x.detach(), *ctx.slopes, kind=ctx.kind)
+                return Back.apply(given[0], x, *ctx.slopes), None
+            if ctx.slopes is not None:
+                return given[0] * ctx.slopes[0], None
+            dx = torch.empty_like(x)
+            share(curves.bend, x, given[0].contiguous(), dx, kind=ctx.kind)
+            return dx, None
 
     return Bend
 

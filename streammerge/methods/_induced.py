@@ -19,8 +19,12 @@ gradient (`without_gradient`), have no part in the loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,12 +50,16 @@ class Network(Protocol):
 
 
 def pull(y0: Tensor, dy: Tensor, distance: str, anchors: int) -> Tensor:
-    """df / dy0, differentiable; y0 and dy = y1 - y0 are [micro-batch, ...]."""
+    """df / dy0, differentiable once; y0 and dy = y1 - y0 are [micro-batch, ...]."""
+    import torch
+
     if distance == "l1":
         return dy.sign() / (anchors * dy[0].numel())
     if distance == "l2":
         return dy * (2 / (anchors * dy[0].numel()))
     flat, change = y0.flatten(1), dy.flatten(1)
+    if flat.dtype == change.dtype == torch.float32 and flat.device.type in ("cpu", "meta"):
+        return torch.as_tensor(_pull().apply(flat.contiguous(), change.contiguous(), anchors)).view_as(y0)
     norm = flat.norm(dim=1, keepdim=True)
     unit = flat / norm
     across = change - unit * (unit * change).sum(1, keepdim=True)
@@ -59,46 +67,79 @@ def pull(y0: Tensor, dy: Tensor, distance: str, anchors: int) -> Tensor:
     return found.view_as(y0)
 
 
+@cache
+def _pull() -> Any:
+    import torch
+    from torch.autograd import Function
+    from torch.autograd.function import once_differentiable
+
+    from streammerge.kernels.host import pull as loops
+    from streammerge.methods._spectra import crew_for
+
+    def share(work: Callable[..., None], anchors: int, *tensors: Tensor) -> None:
+        rows, n = tensors[0].shape
+        if not tensors[0].is_meta:
+            crew_for(tensors[0]).each(
+                lambda first, last: work(
+                    last - first, n, anchors, *(each.data_ptr() + 4 * n * first for each in tensors)
+                ),
+                rows,
+            )
+
+    class Pull(Function):  # type: ignore[misc]  # torch is untyped here
+        @staticmethod
+        def forward(ctx: Any, y0: Tensor, dy: Tensor, anchors: int) -> Tensor:
+            ctx.save_for_backward(y0, dy)
+            ctx.anchors, found = anchors, torch.empty_like(y0)
+            share(loops.pull, anchors, y0, dy, found)
+            return found
+
+        @staticmethod
+        @once_differentiable  # type: ignore[untyped-decorator]
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            y0, dy = ctx.saved_tensors
+            to_y0, to_dy = torch.empty_like(y0), torch.empty_like(y0)
+            share(loops.pull_twice, ctx.anchors, y0, dy, given[0].contiguous(), to_y0, to_dy)
+            return to_y0, to_dy, None
+
+    return Pull
+
+
 def aim(gradients: Mapping[str, Tensor], tau: Tensors, norms: Tensors) -> Tensor:
     """The loss, fp64; `norms` are those of tau. What is left in `gradients` is v."""
     import torch
 
+    if all(g.device.type == "cpu" for g in gradients.values()):
+        return torch.tensor(_aim_here(gradients, tau, norms), dtype=torch.float64)
     losses = []
     for name, g in gradients.items():
-        t = tau[name]
-        dot, square = _dots(g, t)
-        length, norm = square.sqrt(), norms[name]
+        t, norm = tau[name], norms[name]
+        length = inner(g, g).sqrt()
         there = length > 0
         safe = torch.where(there, length, 1.0)
-        cosine = dot / (safe * norm)
+        cosine = inner(g, t) / (safe * norm)
         losses.append(1 - cosine)
-        _turn(g, t, torch.where(there, cosine / safe**2, 0.0), torch.where(there, -1 / (norm * safe), 0.0))
+        toward = torch.where(there, -1 / (norm * safe), 0.0)
+        g.mul_(torch.where(there, cosine / safe**2, 0.0).to(g.dtype)).addcmul_(t, toward.to(g.dtype))
     return torch.stack(losses).sum()
 
 
-def _dots(g: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """<g, t> and <g, g>, fp64; in one pass on the CPU."""
-    import torch
-
-    if g.device.type != "cpu":
-        return inner(g, t), inner(g, g)
+def _aim_here(gradients: Mapping[str, Tensor], tau: Tensors, norms: Tensors) -> float:
+    """The same on the CPU, in two passes over memory."""
     from streammerge.kernels.host import aim as loops
 
-    assert g.is_contiguous()
-    assert t.is_contiguous()
-    found = torch.empty(2, dtype=torch.float64)
-    loops.dots(g.data_ptr(), t.data_ptr(), g.numel(), found.numpy())
-    return found[0], found[1]
-
-
-def _turn(g: Tensor, t: Tensor, a: Tensor, b: Tensor) -> None:
-    """g = a g + b t."""
-    if g.device.type != "cpu":
-        g.mul_(a.to(g.dtype)).addcmul_(t, b.to(g.dtype))
-        return
-    from streammerge.kernels.host import aim as loops
-
-    loops.turn(g.data_ptr(), t.data_ptr(), g.numel(), float(a), float(b))
+    loss, found = 0.0, np.empty(2)
+    for name, g in gradients.items():
+        t, norm = tau[name], float(norms[name])
+        assert g.is_contiguous()
+        assert t.is_contiguous()
+        loops.dots(g.data_ptr(), t.data_ptr(), g.numel(), found)
+        dot, length = float(found[0]), math.sqrt(found[1])
+        cosine = dot / ((length or 1.0) * norm)
+        loss += 1 - cosine
+        turn = (cosine / length**2, -1 / (norm * length)) if length > 0 else (0.0, 0.0)
+        loops.turn(g.data_ptr(), t.data_ptr(), g.numel(), *turn)
+    return loss
 
 
 def inner(one: Tensor, other: Tensor) -> Tensor:

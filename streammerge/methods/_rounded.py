@@ -1,13 +1,14 @@
 """Products whose operands may be rounded: fp32, TF32 or bfloat16, added up in fp32.
 
-On a CPU the library rounds inside its products (oneDNN, from torch 2.9 on), on a GPU tensors are cast before them.
-TF32 is a GPU's; elsewhere it is fp32.
+On a CPU the library rounds operands inside its products (oneDNN, from torch 2.9 on), on a GPU tensors are cast before
+them. Either way the result is fp32 and not rounded. TF32 is a GPU's; elsewhere it is fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from streammerge.methods._precision import exact_products
@@ -67,10 +68,52 @@ def casts(precision: str, device: Any) -> bool:
     return device.type != "cpu" or not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
 
 
+def multiplies_bf16(device: Any) -> bool:
+    """Whether a device takes less time for bfloat16; meta counts as one that does."""
+    import torch
+
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def product(one: Tensor, other: Tensor, rounds: bool) -> Tensor:
-    """one @ other, fp32."""
+    """one [..., k] @ other [k, n], fp32; can be differentiated by `one`, once."""
     import torch
 
     if not rounds:
         return one @ other
-    return (one.to(torch.bfloat16) @ other.to(torch.bfloat16)).float()
+    return torch.as_tensor(_rounded().apply(one, other.to(torch.bfloat16)))
+
+
+def product_of_rounded(one: Tensor, other: Tensor) -> Tensor:
+    """one [m, k] @ other [k, n] of bfloat16, fp32. CPUs round the result, GPUs of NVIDIA do not."""
+    import torch
+
+    if one.device.type == "cuda" and torch.version.hip is None:
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return (one @ other).float()
+
+
+@cache
+def _rounded() -> Any:
+    import torch
+    from torch.autograd import Function
+    from torch.autograd.function import once_differentiable
+
+    class Rounded(Function):  # type: ignore[misc]  # torch is untyped here
+        """A product with its operands rounded, and so in its derivative: torch has none for unrounded results."""
+
+        @staticmethod
+        def forward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:
+            ctx.save_for_backward(other)
+            return _many_rows(one, other)
+
+        @staticmethod
+        @once_differentiable  # type: ignore[untyped-decorator]
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            return _many_rows(given[0], ctx.saved_tensors[0].T), None
+
+    def _many_rows(one: Tensor, other: Tensor) -> Tensor:
+        found = product_of_rounded(one.flatten(0, -2).to(torch.bfloat16), other)
+        return found.view(*one.shape[:-1], -1)
+
+    return Rounded

@@ -34,7 +34,7 @@ ALLOWANCE = 16 * MIB  # thread stacks, the allocator's slack, journal and progre
 NOMINAL_RATE = 1e9  # bytes a second that `seconds` assumes of a disk; no weight is read to find out
 COMPILER = 128 * MIB  # of the host while a GPU is used: Triton compiles a kernel when it first meets a dtype
 LIBRARIES = 128 * MIB  # of the host while matrices are solved there: an allowance for cuBLAS and cuSOLVER, not measured
-NUMERICS = 4  # raised when a change alters the bits of any result, so that no resumed run mixes two
+NUMERICS = 5  # raised when a change alters the bits of any result, so that no resumed run mixes two
 
 
 @dataclass(frozen=True)

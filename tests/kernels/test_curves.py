@@ -26,9 +26,10 @@ def twice(f, x, dy, u):
 def test_activations(kind):
     x = torch.cat([torch.linspace(-12, 12, 9001), torch.tensor([0.0, -0.0, 1e-30, 80.0, -80.0, 1e4, -1e4])])
     dy, u = torch.randn_like(x), torch.randn_like(x)
-    dx, to_dy, to_x = (torch.empty_like(x) for _ in range(3))
+    dx, first, second, to_dy, to_x = (torch.empty_like(x) for _ in range(5))
     curves.bend(kind, x.numel(), x.data_ptr(), dy.data_ptr(), dx.data_ptr())
-    curves.bend_twice(kind, *(x.numel(), *(each.data_ptr() for each in (x, dy, u, to_dy, to_x))))
+    curves.slopes(kind, x.numel(), *(each.data_ptr() for each in (x, first, second)))
+    curves.bend_twice(x.numel(), *(each.data_ptr() for each in (first, second, dy, u, to_dy, to_x)))
     wanted = twice(ACTIVATIONS[kind], x, dy, u)
     for found, exact, size in zip((dx, to_dy, to_x), wanted, (dy, u, dy * u), strict=True):
         assert float(((found - exact) / (1 + size.abs())).abs().max()) < 3e-7
