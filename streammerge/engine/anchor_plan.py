@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from streammerge import kernel
-from streammerge.budget import MIB
+from streammerge.budget import MIB, human
 from streammerge.engine.anchor_files import AnchorsFile, Given, key
 from streammerge.engine.anchor_inputs import Calibration, moved_bytes, plan_inputs, tried_shapes
 from streammerge.engine.anchor_work import PIECES, Needs, Work, needs_of
@@ -38,9 +39,12 @@ from streammerge.planner.plan import Limits, Plan, make_plan
 from streammerge.planner.recipe import Recipe
 from streammerge.planner.steps import PlannedTensor
 from streammerge.store.checkpoint import Checkpoint
+from streammerge.store.ring import round_up
 from streammerge.store.writer import Shard
 
 HEAP = 2 * PIECES  # freed memory that is kept between steps, and what lies scattered between pieces in use
+STATES = 4  # anchors, the best of them, two moments
+FAR = 4  # times the memory that is allowed
 Examples = Callable[[int], Example]  # of so many tokens
 
 
@@ -114,6 +118,7 @@ def plan_anchors(
     plan = make_plan(recipe, start, checkpoints, within)
     planned = {tensor.job.name: tensor for tensor in plan.tensors}
     inside = {name for work in works for name in work.part.stage.tensors}
+    _check_counts(works, limits)
     needs = needs_of(stack, works)
     begun = _start(recipe, start, checkpoints, within, works, needs) if recipe.extra["start"] != "base" else None
     fit = Fit(limits)
@@ -176,6 +181,18 @@ def _works(
         tried = tried_shapes(calibration, part.whole, settings.rows, shape)
         found.append(Work(part, settings, shape, experts, example, tried))
     return found
+
+
+def _check_counts(works: Sequence[Work], limits: Limits) -> None:
+    """Refuse what is far too much before it is counted, which takes as long as a step has micro-batches."""
+    flag, allowed = ("--vram", limits.vram) if limits.on_gpu else ("--ram", limits.ram)
+    for work in works:
+        least = 4 * math.prod(work.shape) * (1 if work.closed else STATES)
+        if least > FAR * allowed:
+            raise BudgetTooSmall(
+                f"{work.shape[0]:,} anchors of {work.part.name} and what Adam keeps of them take {human(least)}, and "
+                f"{human(allowed)} are allowed; give fewer anchors, or {flag} {round_up(least, MIB) // MIB}MiB at least"
+            )
 
 
 def _check_given(given: Mapping[str, Given], works: Sequence[Work], experts: int) -> None:

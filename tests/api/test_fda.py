@@ -333,6 +333,12 @@ def test_a_budget_that_is_too_small_is_named(folder):
         sm.plan(recipe(folder), ram="64MiB", device="cpu")
 
 
+def test_too_many_anchors_are_refused_at_once(folder):
+    line = r"1,000,000,000 anchors of .+ take .+ are allowed; give fewer anchors, or --ram \d+MiB at least"
+    with pytest.raises(BudgetTooSmall, match=line):
+        sm.plan(recipe(folder, {"anchors": 10**9}), ram=RAM, device="cpu")
+
+
 def test_no_unit_where_there_is_no_mlp(tmp_path):
     for part in ("base", "one", "two"):
         tiny.save(tmp_path / part, "bert")
