@@ -6,7 +6,7 @@
 #     OUT=DIR bash benchmarks/gpu.sh                   (default: benchmarks/results)
 #     OUT=DIR bash benchmarks/gpu.sh transport         (GradFix)
 #     OUT=DIR bash benchmarks/gpu.sh compose           (learned coefficients, 36 GB too)
-#     OUT=DIR bash benchmarks/gpu.sh anchors_right anchors      FDA on one unit of a 13B Llama
+#     OUT=DIR bash benchmarks/gpu.sh gradients_right anchors_right anchors      FDA on one unit of a 13B Llama
 #     bash benchmarks/gpu.sh solvers_right solvers     these parts alone
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -36,6 +36,7 @@ part 60 solvers_right "$PYTHON" benchmarks/matrix.py --device cuda --check
 part 130 kernels "$PYTHON" benchmarks/kernels.py --json "$OUT/gpu_kernels.json" --seconds 105
 part 130 solvers "$PYTHON" benchmarks/matrix.py --device cuda --json "$OUT/gpu_matrix.json" --seconds 120
 part 100 merges "$PYTHON" benchmarks/gpu_merge.py --dir "$WORK" --json "$OUT/gpu_merge.json" --seconds 65
+part 60 gradients_right "$PYTHON" -m pytest -q -p no:cacheprovider tests/methods/test_fda_formulas.py -k "cuda"
 part 60 anchors_right "$PYTHON" benchmarks/anchors.py --case unit --quick --device cuda --vram 2GiB --dir "$WORK"
 part 500 anchors "$PYTHON" benchmarks/anchors.py --case unit --device cuda --vram 8GiB --ram 16GiB --dir "$WORK" --save
 part 500 transport "$PYTHON" benchmarks/transport_cost.py --device cuda --vram 8GiB --dir "$WORK" \

@@ -17,6 +17,7 @@ from streammerge.methods.fda import PRESETS, Fda
 
 D, M, N = 64, 172, 40
 NAMES = ("gate", "up", "down")
+PLACES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -88,9 +89,10 @@ def network_of(kind, run, base, tau, distance="cosine", precision="fp32"):
     return WholeUnit(run, base, tau, distance, precision)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("micro", [5, 7, 40])
 @pytest.mark.parametrize(("kind", "case"), [("explicit", "mlp"), ("whole", "mlp"), ("whole", "attention")])
-def test_the_streamed_gradient_is_that_of_double_backward(kind, case, micro):
+def test_the_streamed_gradient_is_that_of_double_backward(kind, case, micro, place):
     run, shape = CASES[case]
     base, tau = weights_of(case, 0.3)
     leave = ("k.bias",) if case == "attention" else ()
@@ -98,25 +100,28 @@ def test_the_streamed_gradient_is_that_of_double_backward(kind, case, micro):
     x = 0.5 * torch.randn(shape)
     induced, loss, slope = oracle(run, base, tau, x, leave=leave)
     aims = {name: value for name, value in tau.items() if name not in leave}
-    found = streamed(network_of(kind, run, base, tau), x, aims, micro)
+    base, tau, aims = ({name: value.to(place) for name, value in each.items()} for each in (base, tau, aims))
+    found = streamed(network_of(kind, run, base, tau), x.to(place), aims, micro)
     for name, value in induced.items():
-        assert error(found[0][name], value) < 1e-5
+        assert error(found[0][name].cpu(), value) < 1e-5
     assert found[1] == pytest.approx(loss, abs=1e-6)
-    assert error(found[2], slope) <= 1e-6
+    assert error(found[2].cpu(), slope) <= 1e-6
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("micro", [7, 40])
 @pytest.mark.parametrize("relative", [0.1, 0.01, 0.003])
 @pytest.mark.parametrize(("kind", "case"), [("explicit", "mlp"), ("whole", "mlp"), ("whole", "attention")])
-def test_bfloat16_keeps_two_digits_for_any_size_of_task_vectors(kind, case, relative, micro):
+def test_bfloat16_keeps_two_digits_for_any_size_of_task_vectors(kind, case, relative, micro, place):
     run, shape = CASES[case]
     base, tau = weights_of(case, relative)
     tau = {name: torch.zeros_like(value) if name == "k.bias" else value for name, value in tau.items()}
     x = 0.5 * torch.randn(shape)
     aims = {name: value for name, value in tau.items() if name != "k.bias"}
     _, _, slope = oracle(run, base, tau, x, leave=("k.bias",))
-    found = streamed(network_of(kind, run, base, tau, precision="bf16"), x, aims, micro)
-    assert error(found[2], slope) <= 1e-2
+    base, tau, aims = ({name: value.to(place) for name, value in each.items()} for each in (base, tau, aims))
+    found = streamed(network_of(kind, run, base, tau, precision="bf16"), x.to(place), aims, micro)
+    assert error(found[2].cpu(), slope) <= 1e-2
 
 
 def test_explicit_formulas_keep_five_digits_where_task_vectors_are_small():
