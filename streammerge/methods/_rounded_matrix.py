@@ -24,7 +24,7 @@ class Matrix:
     def __init__(self, base: Tensor, tau: Tensor, precision: str) -> None:
         self._base, self._tau, self._width = base, tau, base.shape[1]
         self._rounds = precision == "bf16" and multiplies_bf16(base.device)
-        self._widely = self._rounds and base.device.type != "cpu"
+        self._widely = self._rounds and not here(base)
         if self._rounds:
             self._parts = _empty(base, len(base), 3 * self._width)
             self._part(TAU).copy_(tau)
@@ -90,6 +90,11 @@ class Matrix:
         return _product(_beside(u, x), self._part(BASE, ALONG).T, bias=bias), to_x
 
 
+def here(x: Tensor) -> bool:
+    """Whether loops of the CPU can read it."""
+    return bool(x.device.type == "cpu")
+
+
 def _empty(like: Tensor, *shape: int) -> Tensor:
     import torch
 
@@ -100,7 +105,7 @@ def _product(one: Tensor, other: Tensor, plus: Tensor | None = None, bias: Tenso
     """one @ other + plus + bias: operands bfloat16, sums fp32."""
     import torch
 
-    if one.device.type != "cpu":
+    if not here(one):
         found = product_of_rounded(one, other)
         for more in (plus, bias):
             found = found if more is None else found.add_(more)
@@ -126,7 +131,7 @@ def _split(g: Tensor, tau_and_base: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     width = tau_and_base.shape[1] // 2
-    if g.device.type != "cpu":
+    if not here(g):
         of_tau, of_base = product_of_rounded(g, tau_and_base).split(width, 1)
         return of_tau + of_base, -of_base
     from streammerge.kernels.host import widen
@@ -143,7 +148,7 @@ def _split(g: Tensor, tau_and_base: Tensor) -> tuple[Tensor, Tensor]:
 def _beside(one: Tensor, other: Tensor, minus: Tensor | None = None) -> Tensor:
     """[one | other - minus], rounded."""
     found, width = _empty(one, len(one), 2 * one.shape[1]), one.shape[1]
-    if one.device.type != "cpu":
+    if not here(one):
         found[:, :width] = one
         found[:, width:] = other if minus is None else other - minus
         return found

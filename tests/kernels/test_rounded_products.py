@@ -113,10 +113,11 @@ def exactly(w, tau, given):
     ]
 
 
-@pytest.mark.parametrize("quick", [False, True], ids=["a CPU without bfloat16", "a CPU with it"])
+@pytest.mark.parametrize("where", ["a CPU without bfloat16", "a CPU with it", "a device"])
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 2e-6), ("bf16", 1e-2)])
-def test_products_of_a_matrix(precision, most, quick, monkeypatch):
-    monkeypatch.setattr(_rounded_matrix, "multiplies_bf16", lambda device: quick)
+def test_products_of_a_matrix(precision, most, where, monkeypatch):
+    monkeypatch.setattr(_rounded_matrix, "multiplies_bf16", lambda device: where != "a CPU without bfloat16")
+    monkeypatch.setattr(_rounded_matrix, "here", lambda x: where != "a device")
     torch.manual_seed(0)
     w, tau, along = torch.randn(N, K), 0.1 * torch.randn(N, K), torch.randn(N, K)
     given = (*(torch.randn(M, width) for width in (K, K, N, N, K)), along, torch.randn(N))
