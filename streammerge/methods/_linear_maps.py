@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Turn:
-    """Whether gradients by weights are wanted, or by the input."""
+    """Of one graph: its input, and whether gradients by weights are wanted, or by the input."""
 
-    def __init__(self) -> None:
-        self.by_weights = True
+    def __init__(self, leaf: Tensor) -> None:
+        self.leaf, self.by_weights = leaf, True
 
 
 def maps(precision: str, turn: Turn, matrices: Mapping[int, Matrix], changed: Any = None, seen: Any = None) -> Any:
@@ -68,7 +68,7 @@ def _maps_class() -> Any:
             if matrix is None:  # not one of the unit's own tensors
                 return function(*args, **kwargs)
             if self._changed is None:
-                y = plain.apply(x, weight, bias, matrix, x.grad_fn is None, self._turn)
+                y = plain.apply(x, weight, bias, matrix, x is self._turn.leaf, self._turn)
                 self.seen.append((x, y))
                 return y
             x0, y0 = next(self._before)

@@ -42,56 +42,56 @@ class WholeUnit:
         self._expert = {name: base[name] + tau[name] for name in base}
         self._changed = {id(self._expert[name]): value for name, value in tau.items()}
         self._matrices = {name: Matrix(base[name], tau[name], precision) for name in base if base[name].dim() == 2}
-        self._kept: tuple[Tensor, list[Tensor]] | None = None
-        self._turn = Turn()
+        self._kept: tuple[Turn, list[Tensor]] | None = None
 
     def likeness_gradient(self, x: Tensor, anchors: int, names: Sequence[str]) -> list[Tensor]:
         with self._exactly():
             whole = len(x) == anchors
-            leaf, found = self._gradients(x, anchors, names, whole)
-            self._kept = (leaf, found) if whole else None
+            turn, found = self._gradients(x, anchors, names, whole)
+            self._kept = (turn, found) if whole else None
             return [gradient.detach() for gradient in found]
 
     def slope(self, x: Tensor, anchors: int, along: Tensors) -> Tensor:
         import torch
 
         with self._exactly():
-            leaf, found = self._kept or self._gradients(x, anchors, list(along), True)
+            turn, found = self._kept or self._gradients(x, anchors, list(along), True)
             self._kept = None
-            self._turn.by_weights = False
-            (slope,) = torch.autograd.grad(found, leaf, list(along.values()))
+            turn.by_weights = False
+            (slope,) = torch.autograd.grad(found, turn.leaf, list(along.values()))
             return slope
 
-    def _gradients(self, x: Tensor, anchors: int, names: Sequence[str], again: bool) -> tuple[Tensor, list[Tensor]]:
-        """A leaf of x, and this micro-batch's share of g; `again`: to be differentiated by x."""
+    def _gradients(self, x: Tensor, anchors: int, names: Sequence[str], again: bool) -> tuple[Turn, list[Tensor]]:
+        """This micro-batch's share of g, and what it is a function of; `again`: to be differentiated by that."""
         import torch
 
-        self._turn.by_weights = True
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(again)
+            turn = Turn(leaf)
             weights = {name: value.detach().requires_grad_(name in names) for name, value in self._base.items()}
-            with self._maps(weights) as base:
+            with self._maps(weights, turn) as base:
                 y0 = self._run(leaf, weights)
             with torch.set_grad_enabled(again):
-                r = pull(y0, self._of_expert(leaf, base.seen) - y0, self._distance, anchors)
+                r = pull(y0, self._of_expert(leaf, turn, base.seen) - y0, self._distance, anchors)
             wanted = [weights[name] for name in names]
-            return leaf, list(torch.autograd.grad(y0, wanted, r, create_graph=again))
+            return turn, list(torch.autograd.grad(y0, wanted, r, create_graph=again))
 
     def outputs(self, x: Tensor) -> Tensor:
         import torch
 
+        turn = Turn(x)
         with torch.no_grad(), self._exactly():
-            with self._maps(self._base) as base:
+            with self._maps(self._base, turn) as base:
                 self._run(x, self._base)
-            return self._of_expert(x, base.seen)
+            return self._of_expert(x, turn, base.seen)
 
-    def _maps(self, weights: Tensors, *of_expert: Any) -> Any:
+    def _maps(self, weights: Tensors, turn: Turn, *of_expert: Any) -> Any:
         matrices = {id(weights[name]): matrix for name, matrix in self._matrices.items()}
-        return maps(self._precision, self._turn, matrices, *of_expert)
+        return maps(self._precision, turn, matrices, *of_expert)
 
-    def _of_expert(self, x: Tensor, seen: list[Any]) -> Tensor:
+    def _of_expert(self, x: Tensor, turn: Turn, seen: list[Any]) -> Tensor:
         """What the expert returns, from what the base's linear maps were given and returned."""
-        with self._maps(self._expert, self._changed, seen):
+        with self._maps(self._expert, turn, self._changed, seen):
             return self._run(x, self._expert)
 
 
