@@ -79,6 +79,7 @@ def test_signals_stop_at_the_next_step_and_keep_the_work(here, tmp_path, sent, c
 def test_an_interrupt_while_planning_is_one_line(here):
     before = """
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may have had it ignored
 from streammerge import api
 def interrupted(*_, **__):
     signal.raise_signal(signal.SIGINT)  # to this thread: another one would take a moment to tell it
