@@ -1,6 +1,7 @@
 """The mathematics of FDA against double backward in fp64, and what a toy must show (never that it beats a merge)."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from streammerge.errors import RecipeError
+from streammerge.methods import _rounded, _rounded_matrix, _swiglu
 from streammerge.methods._adapt import Adaptation, Course, closed_form
 from streammerge.methods._anchors import Construction, gaussian, linear_optimum, random_of, rows_of
 from streammerge.methods._induced import aim, inner
@@ -122,6 +124,26 @@ def test_bfloat16_keeps_two_digits_for_any_size_of_task_vectors(kind, case, rela
     base, tau, aims = ({name: value.to(place) for name, value in each.items()} for each in (base, tau, aims))
     found = streamed(network_of(kind, run, base, tau, precision="bf16"), x.to(place), aims, micro)
     assert error(found[2].cpu(), slope) <= 1e-2
+
+
+@pytest.mark.parametrize("relative", [0.1, 0.003])
+@pytest.mark.parametrize(("kind", "case"), [("explicit", "mlp"), ("whole", "mlp"), ("whole", "attention")])
+def test_operands_that_are_cast_and_results_that_are_not_rounded(kind, case, relative, monkeypatch):
+    """As on a GPU: bfloat16 tensors go into products, fp32 comes out."""
+    for module in (_rounded, _rounded_matrix):
+        monkeypatch.setattr(module, "product_of_rounded", lambda one, other: one.float() @ other.float())
+    monkeypatch.setattr(_swiglu, "casts", lambda precision, device: True)
+    monkeypatch.setattr(_rounded_matrix, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(_rounded_matrix, "here", lambda x: False)
+    run, shape = CASES[case]
+    base, tau = weights_of(case, relative)
+    tau = {name: torch.zeros_like(value) if name == "k.bias" else value for name, value in tau.items()}
+    x = 0.5 * torch.randn(shape)
+    _, _, slope = oracle(run, base, tau, x, leave=("k.bias",))
+    network = network_of(kind, run, base, tau, precision="bf16")
+    monkeypatch.setattr(network, "_exactly", nullcontext)  # nor does the library round what is left
+    found = streamed(network, x, {name: value for name, value in tau.items() if name != "k.bias"}, 7)
+    assert 1e-4 < error(found[2], slope) <= 1e-2
 
 
 def test_explicit_formulas_keep_five_digits_where_task_vectors_are_small():
