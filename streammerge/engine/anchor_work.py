@@ -197,7 +197,7 @@ def _solving_bytes(work: Work) -> int:
 
 def micro(work: Work) -> int:
     """Anchors that run at once."""
-    return int(max(1, min(work.shape[0], work.settings.rows // max(1, math.prod(work.shape[1:-1])))))
+    return int(work.settings.micro_batch(work.shape))
 
 
 def run_shapes(work: Work) -> set[tuple[int, ...]]:

@@ -80,6 +80,12 @@ def _gather(matrices: Sequence[Tensor], rows: np.ndarray, out: Tensor) -> None:
         first += matrix.shape[0]
 
 
+def micro_batch(shape: Sequence[int], rows: int) -> int:
+    """Anchors that run at once: of at most so many tokens, all micro-batches alike, as holes in memory then fit too."""
+    most = max(1, rows // max(1, math.prod(shape[1:-1])))
+    return -(-shape[0] // -(-shape[0] // most))
+
+
 class Construction:
     """Anchors of one unit and expert, step by step. `best` are those of the least loss so far."""
 
@@ -93,7 +99,7 @@ class Construction:
 
         self._network, self._lr, self._steps = network, lr, steps
         self.anchors = start
-        self._micro = max(1, rows // max(1, math.prod(start.shape[1:-1])))
+        self._micro = micro_batch(start.shape, rows)
         aims = {n: torch.where(masks[n], 0.0, t) if n in masks else t for n, t in tau.items()}
         self._tau = {name: value for name, value in aims.items() if start.is_meta or bool(value.any())}
         self._norms = {name: inner(value, value).sqrt() for name, value in self._tau.items()}
@@ -175,4 +181,4 @@ def linear_optimum(tau: Tensor, anchors: int) -> tuple[Tensor, float]:
     return found, 1 - cosine
 
 
-__all__ = ["INITS", "Construction", "gaussian", "linear_optimum", "random_of", "rows_of", "thin"]
+__all__ = ["INITS", "Construction", "gaussian", "linear_optimum", "micro_batch", "random_of", "rows_of", "thin"]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.errors import RecipeError
 from streammerge.method import LayerMethod, TileMethod, param
 from streammerge.methods._adapt import Adaptation, Course, Trial, closed_form
-from streammerge.methods._anchors import INITS, Construction, gaussian, linear_optimum, random_of, rows_of
+from streammerge.methods._anchors import INITS, Construction, gaussian, linear_optimum, micro_batch, random_of, rows_of
 from streammerge.methods._induced import DISTANCES, Network, Tensors
 from streammerge.methods._rounded import PRECISIONS
 from streammerge.methods._swiglu import GatedMlp
@@ -192,6 +192,10 @@ class Fda(LayerMethod):
     def noise(self, unit: str, shape: Sequence[int]) -> Tensor:
         """Inputs of length one per element, whatever the seed."""
         return gaussian(random_of(0, unit, 0), shape, 1.0)
+
+    def micro_batch(self, shape: Sequence[int]) -> int:
+        """Anchors of [anchors, (tokens,) d] that run at once."""
+        return micro_batch(shape, self.rows)
 
     def construction(self, network: Network, tau: Tensors, first: Tensor, masks: Tensors) -> Construction:
         return Construction(network, tau, first, self.construct_lr, self.construct_steps, self.rows, masks)
