@@ -42,11 +42,12 @@ def exact_within(precision: str, device: Any) -> Iterator[None]:
     if unit is None:
         yield
         return
+    before = unit.fp32_precision
     unit.fp32_precision = "ieee"
     try:
         yield
     finally:
-        unit.fp32_precision = precision
+        unit.fp32_precision = before
 
 
 def _rounding_unit(precision: str, device: Any) -> Any:
