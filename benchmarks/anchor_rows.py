@@ -7,6 +7,7 @@ Yardsticks were measured with a plain loop of double backward on experts that we
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,9 +110,11 @@ class Bench:
 
     def found(self, subject: Subject, row: Row) -> Found:
         """What a row came to, now or in an earlier run with this folder: all of them take hours."""
-        kept = self.work / "rows" / f"{row.name}{' quick' if self.quick else ''}.json"
+        kept = self.work / "rows" / f"{row.name}, {self.ram}{' quick' if self.quick else ''}.json"
         if kept.exists():
-            return Found(**json.loads(kept.read_text()))
+            found = Found(**json.loads(kept.read_text()))
+            print(f"  {row.name}: kept from commit {found.commit}, {kept}", file=sys.stderr)
+            return found
         found = self._run(subject, row)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(asdict(found), indent=1))

@@ -190,7 +190,7 @@ def _check_counts(works: Sequence[Work], limits: Limits) -> None:
         least = 4 * math.prod(work.shape) * (1 if work.closed else STATES)
         if least > FAR * allowed:
             raise BudgetTooSmall(
-                f"{work.shape[0]:,} anchors of {work.part.name} and what Adam keeps of them take {human(least)}, and "
+                f"{work.shape[0]:,} anchors of {work.part.name} take {human(least)} while they are made, and "
                 f"{human(allowed)} are allowed; give fewer anchors, or {flag} {round_up(least, MIB) // MIB}MiB at least"
             )
 

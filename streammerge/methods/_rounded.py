@@ -6,6 +6,7 @@ them. Either way the result is fp32 and not rounded. TF32 is a GPU's; elsewhere 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -70,10 +71,18 @@ def casts(precision: str, device: Any) -> bool:
 
 
 def multiplies_bf16(device: Any) -> bool:
-    """Whether a device takes less time for bfloat16; meta counts as one that does."""
+    """Whether a device takes less time for bfloat16; meta counts as one that does.
+
+    oneDNN says yes to every x86 with AVX-512, though those without instructions for bfloat16 are slower with it.
+    """
     import torch
 
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu":
+        return True
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    return platform.machine() not in ("x86_64", "AMD64") or any(ask() for ask in known if ask is not None)
 
 
 def product(one: Tensor, other: Tensor, rounds: bool) -> Tensor:
