@@ -100,19 +100,21 @@ def _times(a: Array, b: Array, out: Array, m: int) -> None:
         out[i] = a[i] * b[i]
 
 
-@compiled(numba.int64, numba.int64, numba.int64, numba.int64, numba.int64)
-def bend(kind: int, numel: int, x: int, dy: int, dx: int) -> None:
-    """dx = f'(x) dy; addresses of fp32."""
-    rows = np.empty((2, CHUNK + 16), np.float32)
+@compiled(*6 * [numba.int64])
+def bend(rows: int, n: int, kind: int, x: int, dy: int, dx: int) -> None:
+    """dx = f'(x) dy; addresses of fp32 [rows, n]."""
+    both = np.empty((2, CHUNK + 16), np.float32)
+    numel = rows * n
     for at in range(0, numel, CHUNK):
         m = min(CHUNK, numel - at)
-        _slopes(kind, floats(x, at, m), rows[0], rows[1], m)
-        _times(rows[0], floats(dy, at, m), floats(dx, at, m), m)
+        _slopes(kind, floats(x, at, m), both[0], both[1], m)
+        _times(both[0], floats(dy, at, m), floats(dx, at, m), m)
 
 
-@compiled(*5 * [numba.int64])
-def slopes(kind: int, numel: int, x: int, first: int, second: int) -> None:
+@compiled(*6 * [numba.int64])
+def slopes(rows: int, n: int, kind: int, x: int, first: int, second: int) -> None:
     """f'(x) and f''(x)."""
+    numel = rows * n
     for at in range(0, numel, CHUNK):
         m = min(CHUNK, numel - at)
         _slopes(kind, floats(x, at, m), floats(first, at, m), floats(second, at, m), m)
@@ -125,9 +127,10 @@ def _times_twice(first: Array, second: Array, dy: Array, u: Array, to_dy: Array,
         to_x[i] = second[i] * dy[i] * u[i]
 
 
-@compiled(*7 * [numba.int64])
-def bend_twice(numel: int, first: int, second: int, dy: int, u: int, to_dy: int, to_x: int) -> None:
+@compiled(*8 * [numba.int64])
+def bend_twice(rows: int, n: int, first: int, second: int, dy: int, u: int, to_dy: int, to_x: int) -> None:
     """to_dy = f'(x) u, to_x = f''(x) dy u, from `slopes`."""
+    numel = rows * n
     for at in range(0, numel, CHUNK):
         m = min(CHUNK, numel - at)
         given = floats(first, at, m), floats(second, at, m), floats(dy, at, m), floats(u, at, m)
@@ -179,18 +182,31 @@ def _subtract(out: Array, hat: Array, by: float, n: int) -> None:
         out[i] -= hat[i] * by
 
 
-@compiled(numba.int64, numba.int64, numba.int64[::1])
-def norm_twice(rows: int, n: int, at: Array) -> None:
-    """`at` has the addresses of dy, x, u, to_dy, to_x [rows, n], weight, dw, db [n], mean and r [rows]; fp32."""
+@compiled(*12 * [numba.int64])
+def norm_twice(
+    rows: int,
+    n: int,
+    at_dy: int,
+    at_x: int,
+    at_u: int,
+    at_to_dy: int,
+    at_to_x: int,
+    at_weight: int,
+    at_dw: int,
+    at_db: int,
+    at_mean: int,
+    at_r: int,
+) -> None:
+    """Addresses of dy, x, u, to_dy, to_x [rows, n], weight, dw, db [n], mean and r [rows]; fp32."""
     work = np.empty((4, n + 16), np.float32)
     hat, h, q, ones = work[0], work[1], work[2], work[3]
     ones[:] = f32(1)
     lanes = np.empty(64, np.float32)
-    weight, dw, db = floats(at[5], 0, n), floats(at[6], 0, n), floats(at[7], 0, n)
-    means, scales = floats(at[8], 0, rows), floats(at[9], 0, rows)
+    weight, dw, db = floats(at_weight, 0, n), floats(at_dw, 0, n), floats(at_db, 0, n)
+    means, scales = floats(at_mean, 0, rows), floats(at_r, 0, rows)
     for row in range(rows):
-        dy, x, u = floats(at[0], row * n, n), floats(at[1], row * n, n), floats(at[2], row * n, n)
-        to_dy, to_x = floats(at[3], row * n, n), floats(at[4], row * n, n)
+        dy, x, u = floats(at_dy, row * n, n), floats(at_x, row * n, n), floats(at_u, row * n, n)
+        to_dy, to_x = floats(at_to_dy, row * n, n), floats(at_to_x, row * n, n)
         r = scales[row]
         _center(x, means[row], r, hat, n)
         _times(dy, weight, h, n)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from streammerge.methods._loops import over_rows
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -55,17 +57,8 @@ def curved() -> dict[Callable[..., Any], Callable[..., Any]]:
 GELUS, SILU = {"none": 0, "tanh": 1}, 2  # as kernels/host/curves.py numbers them
 
 
-def _shared(work: Callable[[int, int], None], x: Tensor, rows: int) -> None:
-    """work(first, last) on the threads that torch may use; nothing on meta."""
-    from streammerge.methods._spectra import crew_for
-
-    if not x.is_meta:
-        crew_for(x).each(work, rows)
-
-
 @cache
 def _norm() -> Any:
-    import numpy as np
     import torch
     from torch.autograd import Function
 
@@ -85,14 +78,7 @@ def _norm() -> Any:
             dy, x, weight, mean, r = (each.contiguous() for each in ctx.saved_tensors)
             n = x.shape[-1]
             to_dy, to_x = torch.empty_like(x), torch.empty_like(x)
-
-            def work(first: int, last: int) -> None:
-                at = [each.data_ptr() + 4 * n * first for each in (dy, x, u, to_dy, to_x)]
-                at += [each.data_ptr() for each in (weight, dw, db)]
-                at += [each.data_ptr() + 4 * first for each in (mean, r)]
-                curves.norm_twice(last - first, n, np.array(at, np.int64))
-
-            _shared(work, x, x.numel() // n)
+            over_rows(curves.norm_twice, n, x, dy, x, u, to_dy, to_x, weight, dw, db, mean, r)
             return to_dy, to_x, None, None, None
 
     class Norm(Function):  # type: ignore[misc]
@@ -123,14 +109,6 @@ def _bend() -> Any:
         functional.silu,
     ]
 
-    def share(work: Callable[..., None], *tensors: Tensor, kind: tuple[int, ...] = ()) -> None:
-        width = tensors[0].shape[-1]
-
-        def part(first: int, last: int) -> None:
-            work(*kind, (last - first) * width, *(each.data_ptr() + 4 * first * width for each in tensors))
-
-        _shared(part, tensors[0], tensors[0].numel() // width)
-
     class Back(Function):  # type: ignore[misc]  # torch is untyped here
         @staticmethod
         def forward(ctx: Any, dy: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -141,7 +119,8 @@ def _bend() -> Any:
         def backward(ctx: Any, *given: Tensor) -> Any:
             dy, first, second = ctx.saved_tensors
             to_dy, to_x = torch.empty_like(first), torch.empty_like(first)
-            share(curves.bend_twice, first, second, dy.contiguous(), given[0].contiguous(), to_dy, to_x)
+            u = given[0].contiguous()
+            over_rows(curves.bend_twice, u.shape[-1], u, first, second, dy.contiguous(), u, to_dy, to_x)
             return to_dy, to_x, None, None
 
     class Bend(Function):  # type: ignore[misc]
@@ -151,7 +130,7 @@ def _bend() -> Any:
         def forward(ctx: Any, x: Tensor, kind: int) -> Any:
             x = x.contiguous()
             ctx.save_for_backward(x)
-            ctx.kind, ctx.slopes = (kind,), None
+            ctx.kind, ctx.slopes = kind, None
             return run[kind](x)
 
         @staticmethod
@@ -160,12 +139,12 @@ def _bend() -> Any:
             if torch.is_grad_enabled():
                 if ctx.slopes is None:
                     ctx.slopes = torch.empty_like(x), torch.empty_like(x)
-                    share(curves.slopes, x.detach(), *ctx.slopes, kind=ctx.kind)
+                    over_rows(curves.slopes, x.shape[-1], x, ctx.kind, x, *ctx.slopes)
                 return Back.apply(given[0], x, *ctx.slopes), None
             if ctx.slopes is not None:
                 return given[0] * ctx.slopes[0], None
             dx = torch.empty_like(x)
-            share(curves.bend, x, given[0].contiguous(), dx, kind=ctx.kind)
+            over_rows(curves.bend, x.shape[-1], x, ctx.kind, x, given[0].contiguous(), dx)
             return dx, None
 
     return Bend
@@ -178,27 +157,19 @@ def _softmax() -> Any:
 
     from streammerge.kernels.host import curves
 
-    def share(work: Callable[..., None], *tensors: Tensor) -> None:
-        n = tensors[0].shape[-1]
-
-        def part(first: int, last: int) -> None:
-            work(last - first, n, *(each.data_ptr() + 4 * first * n for each in tensors))
-
-        _shared(part, tensors[0], tensors[0].numel() // n)
-
     class Back(Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, dy: Tensor, x: Tensor, y: Tensor) -> Tensor:
             dy, dx = dy.contiguous(), torch.empty_like(y)
             ctx.save_for_backward(dy, y)
-            share(curves.softmax_back, y, dy, dx)
+            over_rows(curves.softmax_back, y.shape[-1], y, y, dy, dx)
             return dx
 
         @staticmethod
         def backward(ctx: Any, *given: Tensor) -> Any:
             dy, y = ctx.saved_tensors
             to_dy, to_x = torch.empty_like(y), torch.empty_like(y)
-            share(curves.softmax_twice, y, dy, given[0].contiguous(), to_dy, to_x)
+            over_rows(curves.softmax_twice, y.shape[-1], y, y, dy, given[0].contiguous(), to_dy, to_x)
             return to_dy, to_x, None
 
     class Softmax(Function):  # type: ignore[misc]
@@ -206,7 +177,7 @@ def _softmax() -> Any:
         def forward(ctx: Any, x: Tensor) -> Tensor:
             x = x.contiguous()
             y = torch.empty_like(x)
-            share(curves.softmax, x, y)
+            over_rows(curves.softmax, x.shape[-1], x, x, y)
             ctx.save_for_backward(x, y)
             return y
 

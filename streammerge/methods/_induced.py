@@ -20,11 +20,13 @@ gradient (`without_gradient`), have no part in the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from streammerge.methods._loops import over_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,24 +76,13 @@ def _pull() -> Any:
     from torch.autograd.function import once_differentiable
 
     from streammerge.kernels.host import pull as loops
-    from streammerge.methods._spectra import crew_for
-
-    def share(work: Callable[..., None], anchors: int, *tensors: Tensor) -> None:
-        rows, n = tensors[0].shape
-        if not tensors[0].is_meta:
-            crew_for(tensors[0]).each(
-                lambda first, last: work(
-                    last - first, n, anchors, *(each.data_ptr() + 4 * n * first for each in tensors)
-                ),
-                rows,
-            )
 
     class Pull(Function):  # type: ignore[misc]  # torch is untyped here
         @staticmethod
         def forward(ctx: Any, y0: Tensor, dy: Tensor, anchors: int) -> Tensor:
             ctx.save_for_backward(y0, dy)
             ctx.anchors, found = anchors, torch.empty_like(y0)
-            share(loops.pull, anchors, y0, dy, found)
+            over_rows(loops.pull, y0.shape[1], y0, anchors, y0, dy, found)
             return found
 
         @staticmethod
@@ -99,7 +90,8 @@ def _pull() -> Any:
         def backward(ctx: Any, *given: Tensor) -> Any:
             y0, dy = ctx.saved_tensors
             to_y0, to_dy = torch.empty_like(y0), torch.empty_like(y0)
-            share(loops.pull_twice, ctx.anchors, y0, dy, given[0].contiguous(), to_y0, to_dy)
+            u = given[0].contiguous()
+            over_rows(loops.pull_twice, y0.shape[1], y0, ctx.anchors, y0, dy, u, to_y0, to_dy)
             return to_y0, to_dy, None
 
     return Pull

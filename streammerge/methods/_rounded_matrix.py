@@ -7,9 +7,9 @@ made, and induced gradients cannot bear that: there the library rounds operands 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from streammerge.methods._loops import over_rows
 from streammerge.methods._rounded import multiplies_bf16, product_of_rounded
 
 if TYPE_CHECKING:
@@ -113,16 +113,9 @@ def _product(one: Tensor, other: Tensor, plus: Tensor | None = None, bias: Tenso
     from streammerge.kernels.host import widen
 
     rounded = one @ other
-    m, n = rounded.shape
-    found = torch.empty((m, n), dtype=torch.float32)
-    plus = None if plus is None else plus.contiguous()
-    bias = None if bias is None else bias.contiguous()
-
-    def work(first: int, last: int) -> None:
-        more = 0 if plus is None else plus.data_ptr() + 4 * n * first, 0 if bias is None else bias.data_ptr()
-        widen.sum_up(last - first, n, _at(rounded, first), *more, _at(found, first))
-
-    _shared(work, found)
+    found = torch.empty(rounded.shape, dtype=torch.float32)
+    given = (None if each is None else each.contiguous() for each in (plus, bias))
+    over_rows(widen.sum_up, found.shape[1], found, rounded, *given, found)
     return found
 
 
@@ -138,10 +131,7 @@ def _split(g: Tensor, tau_and_base: Tensor) -> tuple[Tensor, Tensor]:
 
     both = g @ tau_and_base
     found, minus = (torch.empty((len(g), width), dtype=torch.float32) for _ in range(2))
-    _shared(
-        lambda first, last: widen.split(last - first, width, *(_at(each, first) for each in (both, found, minus))),
-        found,
-    )
+    over_rows(widen.split, width, found, both, found, minus)
     return found, minus
 
 
@@ -154,24 +144,6 @@ def _beside(one: Tensor, other: Tensor, minus: Tensor | None = None) -> Tensor:
         return found
     from streammerge.kernels.host import widen
 
-    one, other = one.contiguous(), other.contiguous()
-    minus = None if minus is None else minus.contiguous()
-
-    def work(first: int, last: int) -> None:
-        given = _at(one, first), _at(other, first), 0 if minus is None else _at(minus, first)
-        widen.beside(last - first, width, *given, _at(found, first))
-
-    _shared(work, found)
+    given = (None if each is None else each.contiguous() for each in (one, other, minus))
+    over_rows(widen.beside, width, one, *given, found)
     return found
-
-
-def _at(x: Tensor, row: int) -> int:
-    """The address of a row."""
-    return int(x.data_ptr() + row * x.shape[1] * x.element_size())
-
-
-def _shared(work: Callable[[int, int], None], x: Tensor) -> None:
-    """work(first, last) on the threads that torch may use."""
-    from streammerge.methods._spectra import crew_for
-
-    crew_for(x).each(work, len(x))

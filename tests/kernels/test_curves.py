@@ -27,9 +27,9 @@ def test_activations(kind):
     x = torch.cat([torch.linspace(-12, 12, 9001), torch.tensor([0.0, -0.0, 1e-30, 80.0, -80.0, 1e4, -1e4])])
     dy, u = torch.randn_like(x), torch.randn_like(x)
     dx, first, second, to_dy, to_x = (torch.empty_like(x) for _ in range(5))
-    curves.bend(kind, x.numel(), x.data_ptr(), dy.data_ptr(), dx.data_ptr())
-    curves.slopes(kind, x.numel(), *(each.data_ptr() for each in (x, first, second)))
-    curves.bend_twice(x.numel(), *(each.data_ptr() for each in (first, second, dy, u, to_dy, to_x)))
+    curves.bend(1, x.numel(), kind, x.data_ptr(), dy.data_ptr(), dx.data_ptr())
+    curves.slopes(1, x.numel(), kind, *(each.data_ptr() for each in (x, first, second)))
+    curves.bend_twice(1, x.numel(), *(each.data_ptr() for each in (first, second, dy, u, to_dy, to_x)))
     wanted = twice(ACTIVATIONS[kind], x, dy, u)
     for found, exact, size in zip((dx, to_dy, to_x), wanted, (dy, u, dy * u), strict=True):
         assert float(((found - exact) / (1 + size.abs())).abs().max()) < 3e-7
