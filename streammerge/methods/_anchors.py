@@ -101,8 +101,9 @@ class Construction:
         self.anchors = start
         self._micro = micro_batch(start.shape, rows)
         aims = {n: torch.where(masks[n], 0.0, t) if n in masks else t for n, t in tau.items()}
-        self._tau = {name: value for name, value in aims.items() if start.is_meta or bool(value.any())}
-        self._norms = {name: inner(value, value).sqrt() for name, value in self._tau.items()}
+        norms = {name: inner(value, value).sqrt() for name, value in aims.items()}
+        self._tau = {name: value for name, value in aims.items() if start.is_meta or float(norms[name])}
+        self._norms = {name: norms[name] for name in self._tau}
         self._gradients: dict[str, Tensor] = {}
         self.best = start.clone()
         self._moments = torch.zeros_like(start), torch.zeros_like(start)
