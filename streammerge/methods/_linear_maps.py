@@ -65,7 +65,7 @@ def _maps_class() -> Any:
             x, weight = args[:2]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             matrix = self._matrices.get(id(weight))
-            if matrix is None:  # not one of the unit's own tensors
+            if matrix is None or x.dim() < 2:  # not one of the unit's own tensors, or no rows
                 return function(*args, **kwargs)
             if self._changed is None:
                 y = plain.apply(x, weight, bias, matrix, x is self._turn.leaf, self._turn)

@@ -1,7 +1,8 @@
 """Products whose operands may be rounded: fp32, TF32 or bfloat16, added up in fp32.
 
 On a CPU the library rounds operands inside its products (oneDNN, from torch 2.9 on), on a GPU tensors are cast before
-them. Either way the result is fp32 and not rounded. TF32 is a GPU's; elsewhere it is fp32.
+them. Either way the result is fp32, and not rounded but where `product_of_rounded` says so. TF32 is a GPU's; elsewhere
+it is fp32.
 """
 
 from __future__ import annotations
